@@ -1,0 +1,475 @@
+package main
+
+import (
+	"context"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"regexp"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"golang.org/x/crypto/bcrypt"
+)
+
+// A secret is a client secret in clear. However it is printed or logged, it
+// says "[secret]"; only reveal gives it away.
+type secret string
+
+var secretPattern = regexp.MustCompile(`^sk_live_[0-9a-f]{64}$`)
+
+func newSecret() secret {
+	var b [32]byte
+	rand.Read(b[:])
+	return secret("sk_live_" + hex.EncodeToString(b[:]))
+}
+
+func (secret) String() string               { return "[secret]" }
+func (secret) GoString() string             { return "[secret]" }
+func (secret) LogValue() slog.Value         { return slog.StringValue("[secret]") }
+func (secret) MarshalText() ([]byte, error) { return []byte("[secret]"), nil }
+
+func (s secret) reveal() string { return string(s) }
+
+// prefix is the part that is stored in clear, by which a secret is found and
+// people tell secrets apart. 192 random bits remain.
+func (s secret) prefix() string { return string(s[8:24]) }
+
+// wellFormed must hold before prefix and compare: bcrypt reads 72 bytes, which
+// is exactly such a secret, and would ignore what follows.
+func (s secret) wellFormed() bool { return secretPattern.MatchString(string(s)) }
+
+// A vault compares secrets with their hashes. Bcrypt of a random secret
+// protects nothing the second time, so it remembers what it has compared: a
+// memo of a pure function, in which nothing has to be invalidated.
+type vault struct {
+	slots chan struct{} // bcrypt runs in as many goroutines at once
+	key   [32]byte      // makes the memo's keys worthless elsewhere
+
+	mu             sync.Mutex
+	recent, before map[[32]byte]struct{} // when recent is full it becomes before
+}
+
+const vaultSize = 8192 // secrets in each half of the memo
+
+func newVault() *vault {
+	v := &vault{
+		slots:  make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
+		recent: map[[32]byte]struct{}{},
+	}
+	rand.Read(v.key[:])
+	return v
+}
+
+func (v *vault) hash(ctx context.Context, s secret) (string, error) {
+	if err := v.enter(ctx); err != nil {
+		return "", err
+	}
+	defer v.leave()
+	hash, err := bcrypt.GenerateFromPassword([]byte(s), bcrypt.DefaultCost) // cost 10
+	if err != nil {
+		return "", fmt.Errorf("hashing a secret: %w", err)
+	}
+	return string(hash), nil
+}
+
+// compare tells whether hash is that of s. An error says that no slot came
+// free before the deadline of ctx.
+func (v *vault) compare(ctx context.Context, hash string, s secret) (bool, error) {
+	if err := v.enter(ctx); err != nil {
+		return false, err
+	}
+	defer v.leave()
+	if bcrypt.CompareHashAndPassword([]byte(hash), []byte(s)) != nil {
+		return false, nil
+	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.remember(v.memoKey(hash, s))
+	return true, nil
+}
+
+// known tells whether compare has found before that hash is that of s.
+func (v *vault) known(hash string, s secret) bool {
+	key := v.memoKey(hash, s)
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if _, ok := v.recent[key]; ok {
+		return true
+	}
+	_, ok := v.before[key]
+	if ok {
+		v.remember(key)
+	}
+	return ok
+}
+
+func (v *vault) remember(key [32]byte) {
+	if len(v.recent) >= vaultSize {
+		v.before, v.recent = v.recent, map[[32]byte]struct{}{}
+	}
+	v.recent[key] = struct{}{}
+}
+
+func (v *vault) memoKey(hash string, s secret) (key [32]byte) {
+	h := hmac.New(sha256.New, v.key[:])
+	h.Write([]byte(hash)) // of fixed length
+	h.Write([]byte(s))
+	h.Sum(key[:0])
+	return key
+}
+
+func (v *vault) enter(ctx context.Context) error {
+	select {
+	case v.slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting to hash a secret: %w", ctx.Err())
+	}
+}
+
+func (v *vault) leave() { <-v.slots }
+
+// A credential as it is stored and shown. Its hash is in no wire type.
+type credential struct {
+	CredentialID string  `json:"credentialId"`
+	ClientID     string  `json:"clientId"`
+	Status       string  `json:"status"` // active or revoked
+	CreatedAt    moment  `json:"createdAt"`
+	ExpiresAt    *moment `json:"expiresAt"`
+	RevokedAt    *moment `json:"revokedAt"`
+	SecretPrefix string  `json:"secretPrefix"`
+}
+
+const credentialColumns = `credential_id, client_id, status, created_at, expires_at, revoked_at, secret_prefix`
+
+// A newCredential shows the secret, once.
+type newCredential struct {
+	credential
+	ClientSecret string `json:"clientSecret"`
+}
+
+type credentialRequest struct {
+	ExpiresAt *time.Time `json:"expiresAt"` // none: until it is revoked
+}
+
+func (q credentialRequest) check(bad faults) {
+	if q.ExpiresAt != nil && (!q.ExpiresAt.After(time.Now()) || q.ExpiresAt.Year() > 9999) {
+		bad["expiresAt"] = "must be in the future"
+	}
+}
+
+func (s *server) createCredential(w http.ResponseWriter, r *request) error {
+	return s.giveSecret(w, r, http.StatusCreated, credentialGenerated, insertCredential)
+}
+
+func (s *server) rotateCredential(w http.ResponseWriter, r *request) error {
+	return s.giveSecret(w, r, http.StatusOK, credentialRotated, replaceSecret)
+}
+
+// giveSecret stores a new secret with store and answers with it.
+func (s *server) giveSecret(w http.ResponseWriter, r *request, status int, did action,
+	store func(context.Context, *change, secretRow) (credential, error)) error {
+	q, err := decode[credentialRequest](r)
+	if err != nil {
+		return err
+	}
+	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
+	if did == credentialGenerated {
+		credentialID = newID()
+	}
+	plain := newSecret()
+	hash, err := s.vault.hash(r.Context(), plain)
+	if err != nil {
+		return err
+	}
+	var c credential
+	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
+		if err := loadManaged(ctx, tx, r, agentID); err != nil {
+			return event{}, err
+		}
+		c, err = store(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, newID(), q.ExpiresAt})
+		return newEvent(did, agentID, facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}), err
+	})
+	if err != nil {
+		return err
+	}
+	return respond(w, status, newCredential{c, plain.reveal()})
+}
+
+// loadManaged locks the agent whose credentials the caller is about to give
+// out, and refuses where it is not active or the caller may not.
+func loadManaged(ctx context.Context, tx *change, r *request, agentID string) error {
+	a, err := lockAgent(ctx, tx, agentID)
+	if err != nil {
+		return err
+	}
+	if err := mayManageCredentials(r.caller, a); err != nil {
+		return err
+	}
+	if a.Status != "active" {
+		return errNotActive
+	}
+	return nil
+}
+
+// mayManageCredentials: an agent its own by credentials:write; else as for any
+// change of that agent, since a credential is all that the agent may do.
+func mayManageCredentials(c caller, a agent) error {
+	if c.agentID == a.AgentID && c.has(credentialsWrite) {
+		return nil
+	}
+	return c.mayManage(a)
+}
+
+func (s *server) listCredentials(w http.ResponseWriter, r *request) error {
+	q, err := parseQuery(r, "page", "limit")
+	if err != nil {
+		return err
+	}
+	agentID := r.PathValue("agentId")
+	if _, err := loadAgent(r.Context(), s.db, agentID); err != nil {
+		return err
+	}
+	const selected = `
+		from credentials
+		where client_id = $1`
+	rows, _ := s.db.Query(r.Context(), `
+		select `+credentialColumns+selected+`
+		order by credential_id desc
+		limit $2 offset $3`, agentID, q.limit, q.offset())
+	list, err := pgx.CollectRows(rows, pgx.RowToStructByName[credential])
+	if err != nil {
+		return fmt.Errorf("listing credentials: %w", err)
+	}
+	total, err := s.count(r.Context(), selected, agentID)
+	if err != nil {
+		return err
+	}
+	return respond(w, http.StatusOK, newPage(q, list, total))
+}
+
+func (s *server) revokeCredential(w http.ResponseWriter, r *request) error {
+	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
+	err := s.change(r, func(ctx context.Context, tx *change) (event, error) {
+		a, err := lockAgent(ctx, tx, agentID)
+		if err != nil {
+			return event{}, err
+		}
+		if err := mayManageCredentials(r.caller, a); err != nil {
+			return event{}, err
+		}
+		if err := lockCredential(ctx, tx, agentID, credentialID); err != nil {
+			return event{}, err
+		}
+		_, err = tx.Exec(ctx, `
+			update credentials
+			set status = 'revoked', revoked_at = date_trunc('milliseconds', clock_timestamp())
+			where credential_id = $1`, credentialID)
+		if err != nil {
+			return event{}, fmt.Errorf("revoking credential: %w", err)
+		}
+		_, err = tx.revoke(ctx, "credential", credentialID, lastExpiry())
+		return newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID}), err
+	})
+	if err != nil {
+		return err
+	}
+	w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// A secretRow is what storing a secret takes.
+type secretRow struct {
+	credentialID, clientID, prefix, hash, secretID string
+	expiresAt                                      *time.Time
+}
+
+func insertCredential(ctx context.Context, tx *change, row secretRow) (credential, error) {
+	rows, _ := tx.Query(ctx, `
+		insert into credentials (credential_id, client_id, secret_prefix, secret_hash, secret_id, expires_at)
+		values ($1, $2, $3, $4, $5, date_trunc('milliseconds', $6::timestamptz))
+		returning `+credentialColumns,
+		row.credentialID, row.clientID, row.prefix, row.hash, row.secretID, row.expiresAt)
+	c, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[credential])
+	if err != nil {
+		return c, fmt.Errorf("storing credential: %w", err)
+	}
+	return c, nil
+}
+
+// lockCredential locks an active credential of that agent: another agent's is
+// as unknown as one that never was.
+func lockCredential(ctx context.Context, tx pgx.Tx, agentID, credentialID string) error {
+	var status string
+	err := tx.QueryRow(ctx, `
+		select status
+		from credentials
+		where credential_id = $1 and client_id = $2
+		for update`, credentialID, agentID).Scan(&status)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return errNoCredential
+	case err != nil:
+		return fmt.Errorf("loading credential: %w", err)
+	case status != "active":
+		return errCredentialRevoked
+	}
+	return nil
+}
+
+// replaceSecret gives a credential a new secret and expiry, and revokes the
+// tokens that the old secret was traded for.
+func replaceSecret(ctx context.Context, tx *change, row secretRow) (credential, error) {
+	var c credential
+	if err := lockCredential(ctx, tx, row.clientID, row.credentialID); err != nil {
+		return c, err
+	}
+	var old string
+	err := tx.QueryRow(ctx, `
+		select secret_id
+		from credentials
+		where credential_id = $1`, row.credentialID).Scan(&old)
+	if err != nil {
+		return c, fmt.Errorf("loading the old secret's id: %w", err)
+	}
+	rows, _ := tx.Query(ctx, `
+		update credentials
+		set secret_prefix = $2, secret_hash = $3, secret_id = $4,
+			expires_at = date_trunc('milliseconds', $5::timestamptz)
+		where credential_id = $1
+		returning `+credentialColumns,
+		row.credentialID, row.prefix, row.hash, row.secretID, row.expiresAt)
+	c, err = pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[credential])
+	if err != nil {
+		return c, fmt.Errorf("replacing a secret: %w", err)
+	}
+	_, err = tx.revoke(ctx, "secret", old, lastExpiry())
+	return c, err
+}
+
+// authenticateClient is the only way from a request to the client that sent
+// it: by HTTP Basic, or client_id and client_secret in the form (RFC 6749,
+// section 2.3.1). A further method is a further case of clientSecret.
+//
+// A client that is known to be right costs one query. All others are first
+// counted as a failure of their address, so that no burst gets through to
+// bcrypt or the audit log, and are given that back if they turn out right.
+func (s *server) authenticateClient(w http.ResponseWriter, r *request) error {
+	id, plain, err := r.clientSecret()
+	if err != nil {
+		return err
+	}
+	var o secretOwner
+	if isID(id) && plain.wellFormed() {
+		if o, err = loadSecretOwner(r.Context(), s.db, id, plain.prefix()); err != nil {
+			return err
+		}
+	}
+	right := o.hash != "" && s.vault.known(o.hash, plain)
+	if right && o.refusal() == nil {
+		r.caller = o.caller
+		return nil
+	}
+	address := addressKey(r.addr)
+	v, redisErr := s.admit(r.Context(), address, nil, "", 0)
+	if v.state == "limited" {
+		v.setHeaders(w.Header())
+		return errAddressLimited
+	}
+	if !right && o.hash != "" {
+		right, err = s.vault.compare(r.Context(), o.hash, plain)
+	}
+	if err != nil || right && o.refusal() == nil {
+		if redisErr == nil {
+			s.redis.giveBack(r.Context(), fmt.Sprintf("rate:%s:%d", address, v.now/60000))
+		}
+		r.caller = o.caller
+		return err
+	}
+	why := errBadClient
+	if right {
+		why = o.refusal()
+	}
+	if !isID(id) {
+		id = ""
+	}
+	return s.refused(r, newEvent(authFailed, id, facts{"reason": why.oauth}), why)
+}
+
+// A secretOwner is the client that a prefix belongs to.
+type secretOwner struct {
+	caller
+	hash, status, agentStatus string
+}
+
+// refusal says why the right secret isn't enough, or nil.
+func (o secretOwner) refusal() *problem {
+	switch {
+	case o.status != "active", o.expiresAt != nil && !o.expiresAt.After(time.Now()):
+		return errBadClient
+	case o.agentStatus != "active":
+		return errClientInactive.because("This agent is " + o.agentStatus + ".")
+	}
+	return nil
+}
+
+// loadSecretOwner returns a zero secretOwner where there is none.
+func loadSecretOwner(ctx context.Context, db querier, clientID, prefix string) (secretOwner, error) {
+	o := secretOwner{caller: caller{agentID: clientID}}
+	err := db.QueryRow(ctx, `
+		select c.credential_id, c.secret_id, c.secret_hash, c.status, c.expires_at, a.status, a.capabilities
+		from credentials c
+		join agents a on a.agent_id = c.client_id
+		where c.secret_prefix = $1 and c.client_id = $2`, prefix, clientID).
+		Scan(&o.credentialID, &o.secretID, &o.hash, &o.status, &o.expiresAt, &o.agentStatus, &o.scopes)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return secretOwner{}, nil
+	}
+	if err != nil {
+		return secretOwner{}, fmt.Errorf("loading credential: %w", err)
+	}
+	return o, nil
+}
+
+// clientSecret finds the one client_id and secret in a request.
+func (r *request) clientSecret() (id string, plain secret, err error) {
+	id, plain = r.form.Get("client_id"), secret(r.form.Get("client_secret"))
+	header := r.Header.Get("Authorization")
+	if header == "" {
+		if plain == "" {
+			return "", "", errNoClient
+		}
+		return id, plain, nil
+	}
+	scheme, encoded, _ := strings.Cut(header, " ")
+	if !strings.EqualFold(scheme, "Basic") {
+		return "", "", errBadClient
+	}
+	if plain != "" {
+		return "", "", errTwoMethods
+	}
+	decoded, err := base64.StdEncoding.DecodeString(strings.TrimLeft(encoded, " "))
+	user, password, _ := strings.Cut(string(decoded), ":")
+	// Each half is form-encoded (RFC 6749, section 2.3.1). Ids and secrets
+	// have no character that clients which forget it would send differently.
+	user, userErr := url.QueryUnescape(user)
+	password, passwordErr := url.QueryUnescape(password)
+	if err != nil || userErr != nil || passwordErr != nil {
+		return "", "", errBadClient
+	}
+	if id != "" && id != user {
+		return "", "", errTwoClients
+	}
+	return user, secret(password), nil
+}

@@ -1,0 +1,236 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// admitScript answers in one round trip whether a token is revoked and whether
+// its client may have one more request, and counts that request if so.
+//
+// KEYS are the warm marker, the monthly counter, and revoked:<id> of each id of
+// the token (none where a secret was presented instead). ARGV are the owner of
+// the window, its limit, the monthly quota, what PostgreSQL counted of it so
+// far (-1: not asked), and when the month ends. A limit of 0 is none.
+//
+// The clock is Redis's own. Window and expiry are set in one script, so that
+// no crash leaves a counter that never ends. What is refused is not counted,
+// except a request that finds the quota spent.
+var admitScript = redis.NewScript(`
+local limit, quota, seed = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+if #KEYS > 2 then
+	-- An absent revocation counts only in the very Redis that was warmed up.
+	local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+	if redis.call('GET', KEYS[1]) ~= run then return {'cold'} end
+	for i = 3, #KEYS do
+		if tonumber(redis.call('GET', KEYS[i]) or 0) > 0 then return {'revoked'} end
+	end
+end
+local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local window, elapsed = math.floor(now / 60000), now % 60000
+local key = 'rate:' .. ARGV[1] .. ':'
+local current = tonumber(redis.call('GET', key .. window) or 0)
+local previous = tonumber(redis.call('GET', key .. window - 1) or 0)
+if limit > 0 then
+	if previous * (60000 - elapsed) / 60000 + current + 1 > limit then
+		return {'limited', previous, current, now}
+	end
+end
+local used = quota > 0 and tonumber(redis.call('GET', KEYS[2]) or seed) or 0
+if used < 0 then return {'uncounted'} end
+if limit > 0 then
+	current = redis.call('INCR', key .. window)
+	redis.call('PEXPIRE', key .. window, 120000)
+end
+if quota > 0 then
+	if used >= quota then return {'spent', previous, current, now} end
+	redis.call('SET', KEYS[2], used + 1, 'PXAT', ARGV[5])
+end
+return {'admitted', previous, current, now}`)
+
+// giveBackScript takes back one count, unless its window is over.
+var giveBackScript = redis.NewScript(`
+if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('DECR', KEYS[1]) end
+return {}`)
+
+// redisTimeout is the longest that one call to Redis may take.
+const redisTimeout = 250 * time.Millisecond
+
+// A cache is Redis while it answers. After three failures in a row it isn't
+// asked again until the keeper (token.go) has found it well.
+type cache struct {
+	*redis.Client
+	failures atomic.Int32 // in a row
+	missed   atomic.Int64 // calls that went without Redis in this outage
+}
+
+var errNoRedis = errors.New("redis is out of reach")
+
+// ask calls a script for a request. A failure is counted, and logged once an
+// outage; the caller goes on without Redis.
+func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
+	if c.failures.Load() >= 3 {
+		c.missed.Add(1)
+		return nil, errNoRedis
+	}
+	reply, err := c.run(ctx, script, keys, args...)
+	if err != nil {
+		c.missed.Add(1)
+		if c.failures.Add(1) == 3 {
+			slog.Error("redis lost: limits let through, revocation asks PostgreSQL", "error", err)
+		}
+		return nil, err
+	}
+	c.failures.Store(0)
+	return reply, nil
+}
+
+// run calls a script, also while Redis seems lost. It fails with errNoRedis.
+func (c *cache) run(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
+	ctx, cancel := context.WithTimeout(ctx, redisTimeout)
+	defer cancel()
+	reply, err := script.Run(ctx, c.Client, keys, args...).Slice()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errNoRedis, err)
+	}
+	return reply, nil
+}
+
+// found says that Redis answers in full again.
+func (c *cache) found() {
+	if c.failures.Swap(0) >= 3 {
+		slog.Warn("redis is back", "calls_without", c.missed.Swap(0))
+	}
+}
+
+// giveBack uncounts what did not come about. Where that fails, one less is left
+// until the window ends.
+func (c *cache) giveBack(ctx context.Context, key string) {
+	_, _ = c.ask(ctx, giveBackScript, []string{key})
+}
+
+// A verdict is what Redis says of a request.
+type verdict struct {
+	state             string // cold, revoked, limited, uncounted, spent, admitted
+	limit             int64  // requests a minute; 0 is none
+	previous, current int64  // requests of the last minute and of this one
+	now               int64  // Redis's clock, in milliseconds since 1970
+}
+
+// admit asks admitScript. Owner is a client_id, or "ip:" and an address, or ""
+// where no request is to be counted; month is the quota's counter, "" for none;
+// counted is what PostgreSQL knows of it.
+func (s *server) admit(ctx context.Context, owner string, ids []string, month string, counted int64) (verdict, error) {
+	keys := []string{warmKey, month}
+	for _, id := range ids {
+		keys = append(keys, revokedKey(id))
+	}
+	limit, quota := s.cfg.rateLimit, s.cfg.monthlyTokenLimit
+	if owner == "" {
+		limit = 0
+	}
+	if month == "" {
+		quota = 0
+	}
+	reply, err := s.redis.ask(ctx, admitScript, keys,
+		owner, limit, quota, counted, nextMonth(time.Now()).Add(24*time.Hour).UnixMilli())
+	if err != nil {
+		return verdict{}, err
+	}
+	v := verdict{limit: int64(limit)}
+	v.state, _ = reply[0].(string)
+	if len(reply) == 4 {
+		v.previous, _ = reply[1].(int64)
+		v.current, _ = reply[2].(int64)
+		v.now, _ = reply[3].(int64)
+	}
+	return v, nil
+}
+
+// wait returns the seconds until a refused client has a request left: until so
+// much of the previous minute has left the window that one more fits in.
+func (v verdict) wait() int64 {
+	elapsed, previous, current := v.now%60000, v.previous, v.current
+	if current+1 > v.limit { // nothing fits before this minute is the previous one
+		elapsed, previous, current = elapsed-60000, current, 0
+	}
+	until := -elapsed
+	if previous > 0 {
+		until += max(0, 60000*(previous-(v.limit-current-1))/previous)
+	}
+	return max(1, (until+999)/1000)
+}
+
+// remaining returns how many more requests would be admitted now.
+func (v verdict) remaining() int64 {
+	weighted := float64(v.previous)*float64(60000-v.now%60000)/60000 + float64(v.current)
+	return max(0, v.limit-int64(math.Ceil(weighted)))
+}
+
+// setHeaders tells the client its limit. Reset is when this minute's window
+// ends, or for a refused client when to try again, in seconds since 1970.
+func (v verdict) setHeaders(h http.Header) {
+	if v.limit == 0 || v.now == 0 {
+		return
+	}
+	reset := (v.now/60000 + 1) * 60
+	if v.state == "limited" {
+		reset = v.now/1000 + v.wait()
+		h.Set("Retry-After", strconv.FormatInt(v.wait(), 10))
+	}
+	h.Set("X-RateLimit-Limit", strconv.FormatInt(v.limit, 10))
+	h.Set("X-RateLimit-Remaining", strconv.FormatInt(v.remaining(), 10))
+	h.Set("X-RateLimit-Reset", strconv.FormatInt(reset, 10))
+}
+
+func monthKey(clientID string, t time.Time) string {
+	return "monthly:" + clientID + ":" + t.UTC().Format("2006:01")
+}
+
+func nextMonth(t time.Time) time.Time {
+	y, m, _ := t.UTC().Date()
+	return time.Date(y, m+1, 1, 0, 0, 0, 0, time.UTC)
+}
+
+// addressKey is what failures of an address are counted under: an IPv4 address,
+// or the /64 of an IPv6 one, since that is what one host is given.
+func addressKey(a netip.Addr) string {
+	if a.Is6() {
+		if p, err := a.WithZone("").Prefix(64); err == nil {
+			return "ip:" + p.Addr().String()
+		}
+	}
+	return "ip:" + a.String()
+}
+
+// clientAddress is who sent the request: the peer, or where that is a trusted
+// proxy, the last address of X-Forwarded-For that isn't.
+func clientAddress(r *http.Request, trusted []netip.Prefix) netip.Addr {
+	isTrusted := func(a netip.Addr) bool {
+		return slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(a) })
+	}
+	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
+	addr := peer.Addr().Unmap()
+	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
+	for i := len(hops) - 1; i >= 0 && isTrusted(addr); i-- {
+		hop, err := netip.ParseAddr(strings.TrimSpace(hops[i]))
+		if err != nil {
+			break
+		}
+		addr = hop.Unmap()
+	}
+	return addr
+}

@@ -1,0 +1,564 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"mime"
+	"net/http"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
+)
+
+const maxTokenTTL = 24 * time.Hour
+
+// scopePattern is the grammar of RFC 6749, section 3.3.
+var scopePattern = regexp.MustCompile(`^[\x21\x23-\x5B\x5D-\x7E]+( [\x21\x23-\x5B\x5D-\x7E]+)*$`)
+
+// parseForm reads the form of a token endpoint. Parameters count only in the
+// body, once, and an empty one is an absent one (RFC 6749, section 3.2).
+func (r *request) parseForm() error {
+	if r.form != nil {
+		return nil
+	}
+	types := r.Header.Values("Content-Type")
+	if mediaType, _, err := mime.ParseMediaType(strings.Join(types, ",")); err != nil ||
+		len(types) != 1 || mediaType != "application/x-www-form-urlencoded" {
+		return errForm.because("The body must be application/x-www-form-urlencoded, and say so in one Content-Type.")
+	}
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return bodyProblem(err)
+	}
+	form, err := url.ParseQuery(string(body))
+	if err != nil {
+		return errForm.because("The body has a bad escape, or a ';'.")
+	}
+	for name, values := range form {
+		if len(values) > 1 && name != "resource" {
+			return errForm.because("The parameter " + clip(name) + " is there more than once.")
+		}
+	}
+	r.form = form
+	return nil
+}
+
+// identify finds out who sent a bearer token (RFC 6750, section 2.1), that it
+// is for this service, not revoked, and within its client's limit.
+func (s *server) identify(w http.ResponseWriter, r *request) error {
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		return errNoToken
+	}
+	c, err := s.keys.verify(strings.TrimLeft(token, " "), s.cfg.issuer, time.Now())
+	if err != nil || !slices.Contains(c.Audience, s.cfg.issuer) {
+		return errInvalidToken
+	}
+	v, err := s.admit(r.Context(), c.Subject, c.revocationIDs(), "", 0)
+	if err != nil || v.state == "cold" {
+		revoked, dbErr := isRevoked(r.Context(), s.db, c.revocationIDs())
+		if dbErr != nil {
+			return dbErr
+		}
+		if revoked {
+			return errInvalidToken
+		}
+		if err == nil {
+			v, _ = s.admit(r.Context(), c.Subject, nil, "", 0)
+		}
+	}
+	v.setHeaders(w.Header())
+	switch v.state {
+	case "revoked":
+		return errInvalidToken
+	case "limited":
+		return errRateLimited
+	}
+	r.caller = caller{
+		agentID: c.Subject, credentialID: c.CredentialID, secretID: c.SecretID, scopes: strings.Fields(c.Scope),
+	}
+	return nil
+}
+
+// issueToken is the client credentials grant (RFC 6749, section 4.4).
+func (s *server) issueToken(w http.ResponseWriter, r *request) error {
+	scope, audience, bad := s.checkGrant(r)
+	month := monthKey(r.caller.agentID, time.Now())
+	if bad != nil || s.cfg.monthlyTokenLimit == 0 {
+		month = "" // spends nothing of the quota
+	}
+	counted, err := s.spend(w, r, month)
+	if err != nil {
+		return err
+	}
+	if bad != nil {
+		return bad
+	}
+	now := time.Now()
+	expires := now.Add(s.cfg.tokenTTL).Unix()
+	if end := r.caller.expiresAt; end != nil { // no token outlives its credential
+		expires = min(expires, end.Unix())
+	}
+	c := claims{
+		Issuer: s.cfg.issuer, Subject: r.caller.agentID, Audience: audience, ClientID: r.caller.agentID, Scope: scope,
+		ID: newID(), IssuedAt: now.Unix(), Expires: expires,
+		CredentialID: r.caller.credentialID, SecretID: r.caller.secretID,
+	}
+	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": scope, "exp": expires}
+	if audience[0] != s.cfg.issuer || len(audience) > 1 {
+		f["aud"] = audience
+	}
+	stored := s.record(r, newEvent(tokenIssued, c.Subject, f)) // goes on while we sign
+	token, err := s.keys.sign(accessToken, c)
+	if storeErr := stored(); storeErr != nil || err != nil {
+		if counted {
+			s.redis.giveBack(r.Context(), month)
+		}
+		return errors.Join(storeErr, err)
+	}
+	return respond(w, http.StatusOK, tokenResponse{token, "Bearer", expires - now.Unix(), scope})
+}
+
+type tokenResponse struct {
+	AccessToken string `json:"access_token"`
+	TokenType   string `json:"token_type"`
+	ExpiresIn   int64  `json:"expires_in"` // seconds
+	Scope       string `json:"scope"`
+}
+
+// checkGrant decides what the token is to carry.
+func (s *server) checkGrant(r *request) (scope string, aud audience, err error) {
+	switch r.form.Get("grant_type") {
+	case "client_credentials":
+	case "":
+		return "", nil, errForm.because("The parameter grant_type is missing; it must be client_credentials.")
+	default:
+		return "", nil, errGrantType
+	}
+	if scope, err = grantScope(r.form.Get("scope"), r.caller.scopes); err != nil {
+		return "", nil, err
+	}
+	aud, err = grantAudience(r.form["resource"], s.cfg.issuer)
+	return scope, aud, err
+}
+
+// grantScope narrows what is asked for to what the capabilities allow (RFC
+// 6749, section 3.3); asked for nothing, it is all of them.
+func grantScope(asked string, capabilities []string) (string, error) {
+	if asked == "" {
+		return strings.Join(capabilities, " "), nil
+	}
+	if !scopePattern.MatchString(asked) {
+		return "", errScope.because("The scope must be names of printable ASCII without quotes and backslashes, separated by single spaces.")
+	}
+	var granted []string
+	for _, scope := range strings.Split(asked, " ") {
+		resource, _, _ := strings.Cut(scope, ":")
+		if !slices.Contains(granted, scope) && (slices.Contains(capabilities, scope) ||
+			slices.Contains(capabilities, resource+":*") && capabilityPattern.MatchString(scope)) {
+			granted = append(granted, scope)
+		}
+	}
+	if granted == nil {
+		return "", errScope.because("None of the scopes asked for is among the agent's capabilities.")
+	}
+	return strings.Join(granted, " "), nil
+}
+
+// grantAudience is the resources asked for (RFC 8707, section 2), else us.
+func grantAudience(resources []string, issuer string) (audience, error) {
+	var aud audience
+	size := 0
+	for _, resource := range resources {
+		u, err := url.Parse(resource)
+		if err != nil || !u.IsAbs() || u.Fragment != "" || strings.Contains(resource, "#") ||
+			strings.IndexFunc(resource, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }) >= 0 {
+			return nil, errResource
+		}
+		if size += len(resource); size > 2048 || len(aud) >= 16 {
+			return nil, errResource.because("The resources may be 16 of 2,048 characters together.")
+		}
+		if !slices.Contains(aud, resource) {
+			aud = append(aud, resource)
+		}
+	}
+	if aud == nil {
+		aud = audience{issuer}
+	}
+	return aud, nil
+}
+
+// spend counts the request for its client's limit, and where month isn't empty
+// for its quota; counted says whether the latter has to be given back if
+// nothing comes of it. A quota that Redis has lost is counted anew.
+func (s *server) spend(w http.ResponseWriter, r *request, month string) (counted bool, err error) {
+	v, redisErr := s.admit(r.Context(), r.caller.agentID, nil, month, -1)
+	if v.state == "uncounted" {
+		var n int64
+		err := s.db.QueryRow(r.Context(), `
+			select count(*)
+			from audit_events
+			where agent_id = $1 and action = 'token.issued' and outcome = 'success'
+				and "timestamp" >= date_trunc('month', now(), 'UTC')`, r.caller.agentID).Scan(&n)
+		if err != nil {
+			return false, fmt.Errorf("counting this month's tokens: %w", err)
+		}
+		v, redisErr = s.admit(r.Context(), r.caller.agentID, nil, month, n)
+	}
+	v.setHeaders(w.Header())
+	switch v.state {
+	case "limited":
+		return false, errRateLimited
+	case "spent":
+		return false, errQuota.because(fmt.Sprintf("The monthly quota of %d tokens is spent. It resets at %s.",
+			s.cfg.monthlyTokenLimit, moment{nextMonth(time.Now())}))
+	}
+	return redisErr == nil && month != "", nil
+}
+
+// introspectToken is RFC 7662. Whatever is wrong with a token, the answer is
+// the same.
+func (s *server) introspectToken(w http.ResponseWriter, r *request) error {
+	token := r.form.Get("token")
+	if token == "" {
+		return errForm.because("The parameter token is missing.")
+	}
+	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
+	active := err == nil
+	if active {
+		revoked, err := s.isRevoked(r.Context(), c.revocationIDs())
+		if err != nil {
+			return err
+		}
+		active = !revoked
+	}
+	f := facts{"active": active}
+	if err == nil {
+		f["jti"] = c.ID
+	}
+	if err := s.record(r, newEvent(tokenIntrospected, c.Subject, f))(); err != nil {
+		return err
+	}
+	if !active {
+		return respond(w, http.StatusOK, map[string]bool{"active": false})
+	}
+	return respond(w, http.StatusOK, struct {
+		Active    bool   `json:"active"`
+		TokenType string `json:"token_type"`
+		claims
+	}{true, "Bearer", c})
+}
+
+// revokeToken is RFC 7009. A token that is not valid any more needs nothing.
+func (s *server) revokeToken(w http.ResponseWriter, r *request) error {
+	token := r.form.Get("token")
+	if token == "" {
+		return errForm.because("The parameter token is missing.")
+	}
+	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
+	if err != nil {
+		return respond(w, http.StatusOK, struct{}{})
+	}
+	e := newEvent(tokenRevoked, c.Subject, facts{"jti": c.ID})
+	if c.Subject != r.caller.agentID && !r.caller.has(agentsWrite) {
+		return s.refused(r, e, errForm.because("This token was issued to another client."))
+	}
+	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
+		fresh, err := tx.revoke(ctx, "token", c.ID, time.Unix(c.Expires, 0))
+		if !fresh {
+			return event{}, err // revoked before: nothing happens that would be an event
+		}
+		return e, err
+	})
+	if err != nil {
+		return err
+	}
+	return respond(w, http.StatusOK, struct{}{})
+}
+
+// Revocation. A revocation is a row in token_revocations, under the id that
+// tokens carry; Redis has a copy as revoked:<id>, whose value is the row's
+// revision, negative where the revocation was lifted. Absence there counts only
+// while warmKey holds the run_id of that very Redis process.
+//
+// The keeper of any copy sets warmKey after it has copied all rows, and then
+// keeps it alive for one lease at a time, counted from before it has last seen
+// that PostgreSQL has no row which Redis lacks. So a revocation that does not
+// reach Redis is waited out: a lease after its commit nobody trusts a Redis
+// that lacks it. Without warmKey, PostgreSQL is asked.
+const (
+	warmKey = "revoked:warm"
+	lease   = 2 * time.Second
+)
+
+func revokedKey(id string) string { return "revoked:" + id }
+
+// lastExpiry is when every token issued until now has surely expired.
+func lastExpiry() time.Time { return time.Now().Add(maxTokenTTL + time.Hour) }
+
+// A revocation as Redis is to have it.
+type revocation struct {
+	ID       string
+	Revision int64 // negative: lifted
+	Lifetime int64 // milliseconds until it is of no use
+}
+
+const revocationColumns = `
+	id, case when lifted then -revision else revision end as revision,
+	greatest(1, ceil(extract(epoch from expires_at - now()) * 1000))::bigint as lifetime`
+
+// revoke is part of a change: what bears this id is refused from the answer
+// on. Fresh is false where it was revoked already.
+func (tx *change) revoke(ctx context.Context, kind, id string, expires time.Time) (fresh bool, err error) {
+	var r revocation
+	err = tx.QueryRow(ctx, `
+		insert into token_revocations as old (id, kind, expires_at)
+		values ($1, $2, $3)
+		on conflict (id) do update
+		set lifted = false, in_redis = false, revision = default,
+			revoked_at = date_trunc('milliseconds', clock_timestamp()),
+			expires_at = greatest(old.expires_at, excluded.expires_at)
+		returning `+revocationColumns+`, xmax = 0`, id, kind, expires).
+		Scan(&r.ID, &r.Revision, &r.Lifetime, &fresh)
+	if err != nil {
+		return false, fmt.Errorf("revoking: %w", err)
+	}
+	tx.revocations = append(tx.revocations, r)
+	return fresh, nil
+}
+
+// lift is part of a change: what was revoked counts again.
+func (tx *change) lift(ctx context.Context, id string) error {
+	rows, _ := tx.Query(ctx, `
+		update token_revocations
+		set lifted = true, in_redis = false, revision = default
+		where id = $1
+		returning `+revocationColumns, id)
+	lifted, err := pgx.CollectRows(rows, pgx.RowToStructByName[revocation])
+	if err != nil {
+		return fmt.Errorf("lifting a revocation: %w", err)
+	}
+	tx.revocations = append(tx.revocations, lifted...)
+	return nil
+}
+
+// isRevoked asks Redis, and PostgreSQL where Redis doesn't know.
+func (s *server) isRevoked(ctx context.Context, ids []string) (bool, error) {
+	v, err := s.admit(ctx, "", ids, "", 0)
+	if err != nil || v.state == "cold" {
+		return isRevoked(ctx, s.db, ids)
+	}
+	return v.state == "revoked", nil
+}
+
+func isRevoked(ctx context.Context, db querier, ids []string) (revoked bool, err error) {
+	err = db.QueryRow(ctx, `
+		select exists (
+			select
+			from token_revocations
+			where id = any($1) and not lifted and expires_at > now())`, ids).Scan(&revoked)
+	if err != nil {
+		return false, fmt.Errorf("looking for a revocation: %w", err)
+	}
+	return revoked, nil
+}
+
+// putScript copies revocations: KEYS are theirs, ARGV revision and lifetime of
+// each. The later revision wins, in whatever order two copies' writes arrive.
+var putScript = redis.NewScript(`
+for i, key in ipairs(KEYS) do
+	local revision = tonumber(ARGV[2 * i - 1])
+	if math.abs(revision) > math.abs(tonumber(redis.call('GET', key) or 0)) then
+		redis.call('SET', key, ARGV[2 * i - 1], 'PX', ARGV[2 * i])
+	end
+end
+return {}`)
+
+func (c *cache) put(ctx context.Context, list []revocation) error {
+	keys, args := make([]string, len(list)), make([]any, 0, 2*len(list))
+	for i, r := range list {
+		keys[i] = revokedKey(r.ID)
+		args = append(args, r.Revision, r.Lifetime)
+	}
+	_, err := c.run(ctx, putScript, keys, args...)
+	return err
+}
+
+// publish makes committed revocations effective on every copy before it
+// returns: in Redis, or by waiting until no copy trusts Redis without them.
+func (s *server) publish(ctx context.Context, list []revocation) {
+	if len(list) > 0 && s.redis.put(ctx, list) != nil {
+		time.Sleep(lease)
+	}
+}
+
+// leaseScript tells the time, and whether warmKey is this Redis process's.
+var leaseScript = redis.NewScript(`
+local time = redis.call('TIME')
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+local memory = redis.call('INFO', 'memory')
+local evicts = string.match(memory, '\nmaxmemory:(%d+)') ~= '0'
+	and string.match(memory, 'maxmemory_policy:(%w+)') ~= 'noeviction'
+return {time[1] * 1000 + math.floor(time[2] / 1000), redis.call('GET', KEYS[1]) == run and 1 or 0, evicts and 1 or 0}`)
+
+// vouchScript renews warmKey until ARGV[1], or sets it anew if nothing was
+// lost since a warm-up began: then the key that it left is still there.
+var vouchScript = redis.NewScript(`
+local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
+if redis.call('GET', KEYS[1]) == run or redis.call('GET', KEYS[2]) == run then
+	redis.call('SET', KEYS[1], run, 'PXAT', ARGV[1])
+	return {1}
+end
+return {0}`)
+
+// beginScript leaves a key by which vouchScript knows that nothing was lost.
+var beginScript = redis.NewScript(`
+redis.call('SET', KEYS[1], string.match(redis.call('INFO', 'server'), 'run_id:(%w+)'), 'PX', 60000)
+return {}`)
+
+var errEvicts = errors.New("redis may evict keys: set maxmemory-policy to noeviction")
+
+// keepWarm copies to Redis what it lacks of token_revocations, and renews the
+// lease on its trust.
+func (s *server) keepWarm(ctx context.Context) error {
+	state, err := s.redis.run(ctx, leaseScript, []string{warmKey})
+	if err != nil {
+		return err
+	}
+	if state[2] == int64(1) {
+		return errEvicts
+	}
+	begun := "revoked:warming:" + newID()
+	if state[1] == int64(0) {
+		slog.Info("warming redis up")
+		if _, err := s.redis.run(ctx, beginScript, []string{begun}); err != nil {
+			return err
+		}
+		if err := s.forgetQuotas(ctx); err != nil {
+			return err
+		}
+		if err := s.copyRevocations(ctx, true); err != nil {
+			return err
+		}
+		if state, err = s.redis.run(ctx, leaseScript, []string{warmKey}); err != nil {
+			return err
+		}
+	}
+	if err := s.copyRevocations(ctx, false); err != nil {
+		return err
+	}
+	now, _ := state[0].(int64)
+	_, err = s.redis.run(ctx, vouchScript, []string{warmKey, begun}, now+lease.Milliseconds())
+	return err
+}
+
+// forgetQuotas makes the monthly counters be counted anew, from the audit log:
+// a Redis that isn't warm may have lost some of what they counted.
+func (s *server) forgetQuotas(ctx context.Context) error {
+	keys := s.redis.Scan(ctx, 0, "monthly:*", 1000).Iterator()
+	for keys.Next(ctx) {
+		if err := s.redis.Unlink(ctx, keys.Val()).Err(); err != nil {
+			return fmt.Errorf("forgetting quotas: %w", err)
+		}
+	}
+	return keys.Err()
+}
+
+// copyRevocations copies all rows, or those that Redis may lack, in pieces.
+func (s *server) copyRevocations(ctx context.Context, all bool) error {
+	rows, _ := s.inner.Query(ctx, `
+		select `+revocationColumns+`
+		from token_revocations
+		where expires_at > now() and ($1::boolean or not in_redis)`, plannedOnce([]any{all})...)
+	defer rows.Close()
+	var piece []revocation
+	var lacked []int64
+	for more := true; more; {
+		if more = rows.Next(); more {
+			r, err := pgx.RowToStructByPos[revocation](rows)
+			if err != nil {
+				return fmt.Errorf("reading revocations: %w", err)
+			}
+			piece = append(piece, r)
+			if !all {
+				lacked = append(lacked, max(r.Revision, -r.Revision))
+			}
+		}
+		if len(piece) == 1000 || !more && len(piece) > 0 {
+			if err := s.redis.put(ctx, piece); err != nil {
+				return err
+			}
+			piece = piece[:0]
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return fmt.Errorf("reading revocations: %w", err)
+	}
+	if len(lacked) == 0 {
+		return nil
+	}
+	_, err := s.inner.Exec(ctx, `
+		update token_revocations
+		set in_redis = true
+		where not in_redis and revision = any($1)`, lacked)
+	if err != nil {
+		return fmt.Errorf("noting what redis has: %w", err)
+	}
+	return nil
+}
+
+// sweep deletes the revocations that concern no token any more.
+func (s *server) sweep(ctx context.Context) error {
+	_, err := s.inner.Exec(ctx, `
+		delete from token_revocations
+		where expires_at < now() - interval '1 minute'`)
+	if err != nil {
+		return fmt.Errorf("deleting expired revocations: %w", err)
+	}
+	return nil
+}
+
+// keep is the keeper: until ctx ends, it watches over both stores. Whatever is
+// wrong is logged when it begins and tried again.
+func (s *server) keep(ctx context.Context) {
+	troubled := false
+	for beat := 0; ctx.Err() == nil; beat++ {
+		err := s.keepWell(ctx, beat)
+		if ctx.Err() == nil && (err != nil) != troubled {
+			troubled = err != nil
+			slog.Warn("stores", "well", !troubled, "error", err)
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(lease / 4):
+		}
+	}
+}
+
+func (s *server) keepWell(ctx context.Context, beat int) error {
+	ping, cancel := context.WithTimeout(ctx, storeTimeout)
+	err := s.inner.Ping(ping)
+	cancel()
+	s.postgresUp.Store(err == nil)
+	if err == nil && beat%120 == 0 {
+		err = s.sweep(ctx)
+	}
+	if err == nil {
+		warm, cancel := context.WithTimeout(ctx, time.Minute)
+		err = s.keepWarm(warm)
+		cancel()
+	}
+	s.redisUp.Store(!errors.Is(err, errNoRedis) && !errors.Is(err, errEvicts))
+	if err == nil {
+		s.redis.found()
+	}
+	return err
+}
