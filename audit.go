@@ -12,7 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/http"
+	"math"
 	"strconv"
 	"strings"
 	"time"
@@ -21,28 +21,25 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// An action is something that the log records.
-type action string
-
+// What the log records.
 const (
-	agentCreated        action = "agent.created"
-	agentUpdated        action = "agent.updated"
-	agentSuspended      action = "agent.suspended"
-	agentReactivated    action = "agent.reactivated"
-	agentDecommissioned action = "agent.decommissioned"
-	credentialGenerated action = "credential.generated"
-	credentialRotated   action = "credential.rotated"
-	credentialRevoked   action = "credential.revoked"
-	tokenIssued         action = "token.issued"
-	tokenRevoked        action = "token.revoked"
-	tokenIntrospected   action = "token.introspected"
-	authFailed          action = "auth.failed"
+	agentCreated        = "agent.created"
+	agentUpdated        = "agent.updated"
+	agentSuspended      = "agent.suspended"
+	agentReactivated    = "agent.reactivated"
+	agentDecommissioned = "agent.decommissioned"
+	credentialGenerated = "credential.generated"
+	credentialRotated   = "credential.rotated"
+	credentialRevoked   = "credential.revoked"
+	tokenIssued         = "token.issued"
+	tokenRevoked        = "token.revoked"
+	tokenIntrospected   = "token.introspected"
+	authFailed          = "auth.failed"
 )
 
 var actions = []string{
-	string(agentCreated), string(agentUpdated), string(agentSuspended), string(agentReactivated),
-	string(agentDecommissioned), string(credentialGenerated), string(credentialRotated), string(credentialRevoked),
-	string(tokenIssued), string(tokenRevoked), string(tokenIntrospected), string(authFailed),
+	agentCreated, agentUpdated, agentSuspended, agentReactivated, agentDecommissioned, credentialGenerated,
+	credentialRotated, credentialRevoked, tokenIssued, tokenRevoked, tokenIntrospected, authFailed,
 }
 
 // A digest is a SHA-256 sum: bytes in the database, hexadecimal in JSON.
@@ -56,7 +53,7 @@ type event struct {
 	Seq       int64           `json:"seq"`
 	AgentID   *string         `json:"agentId"` // whom it concerns
 	ActorID   *string         `json:"actorId"` // who did it; null for the operator
-	Action    action          `json:"action"`
+	Action    string          `json:"action"`
 	Outcome   string          `json:"outcome"` // success or failure
 	IPAddress string          `json:"ipAddress"`
 	UserAgent string          `json:"userAgent"`
@@ -74,7 +71,7 @@ const eventColumns = `event_id, seq, agent_id, actor_id, action, outcome, ip_add
 type facts map[string]any
 
 // newEvent is a success until failed says otherwise. AgentID may be empty.
-func newEvent(did action, agentID string, f facts) event {
+func newEvent(did string, agentID string, f facts) event {
 	e := event{Action: did, Outcome: "success", facts: f}
 	if agentID != "" {
 		e.AgentID = &agentID
@@ -92,12 +89,9 @@ func (e event) by(r *request) (event, error) {
 	}
 	userAgent := r.UserAgent()
 	e.UserAgent = strings.ToValidUTF8(userAgent[:min(len(userAgent), 256)], "?")
-	f := facts{"requestId": r.id}
-	for name, v := range e.facts {
-		f[name] = v
-	}
+	e.facts["requestId"] = r.id
 	var err error
-	e.Metadata, err = json.Marshal(f)
+	e.Metadata, err = json.Marshal(e.facts)
 	return e, err
 }
 
@@ -106,63 +100,51 @@ func (e event) by(r *request) (event, error) {
 // cr.yp.to/proto/netstrings.txt). Hashes are in hexadecimal, the time is as
 // in JSON, what is null is empty. The first event's prevHash is 32 zero bytes.
 func (e *event) sum() digest {
+	orEmpty := func(s *string) string {
+		if s == nil {
+			return ""
+		}
+		return *s
+	}
 	b := make([]byte, 0, 1024)
 	for _, field := range []string{
-		hex.EncodeToString(e.PrevHash), strconv.FormatInt(e.Seq, 10), e.EventID, e.Timestamp.String(),
-		orEmpty(e.AgentID), orEmpty(e.ActorID), string(e.Action), e.Outcome, e.IPAddress, e.UserAgent, string(e.Metadata),
+		hex.EncodeToString(e.PrevHash), strconv.FormatInt(e.Seq, 10), e.EventID, e.Timestamp.String(), orEmpty(e.AgentID),
+		orEmpty(e.ActorID), e.Action, e.Outcome, e.IPAddress, e.UserAgent, string(e.Metadata),
 	} {
 		b = strconv.AppendInt(b, int64(len(field)), 10)
-		b = append(b, ':')
-		b = append(b, field...)
-		b = append(b, ',')
+		b = append(append(append(b, ':'), field...), ',')
 	}
 	sum := sha256.Sum256(b)
 	return sum[:]
-}
-
-func orEmpty(s *string) string {
-	if s == nil {
-		return ""
-	}
-	return *s
 }
 
 // appendEvents links events to the end of the chain. It holds the lock of the
 // chain until tx ends, so any number of copies write one chain, and it is the
 // last that a transaction does: whoever holds the lock waits for nothing.
 func appendEvents(ctx context.Context, tx pgx.Tx, events []event) error {
-	head, now := event{PrevHash: make(digest, sha256.Size)}, moment{}
-	batch := &pgx.Batch{}
+	last, now := event{PrevHash: make(digest, sha256.Size)}, moment{}
+	head := &pgx.Batch{}
 	// The time-out is for a copy that stops for good while it holds the lock.
-	batch.Queue(`select pg_advisory_xact_lock($1), set_config('idle_in_transaction_session_timeout', '5s', true)`, chainLock)
-	batch.Queue(`
-		select coalesce(max(seq), 0), date_trunc('milliseconds', clock_timestamp()),
-			coalesce((array_agg(hash))[1], $1)
-		from (select seq, hash from audit_events order by seq desc limit 1) as head`, head.PrevHash).
-		QueryRow(func(row pgx.Row) error { return row.Scan(&head.Seq, &now, &head.Hash) })
-	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
+	head.Queue(`select pg_advisory_xact_lock($1), set_config('idle_in_transaction_session_timeout', '5s', true)`, chainLock)
+	head.Queue(`
+		select coalesce(max(seq), 0), date_trunc('milliseconds', clock_timestamp()), coalesce((array_agg(hash))[1], $1)
+		from (select seq, hash from audit_events order by seq desc limit 1) as head`, last.PrevHash).
+		QueryRow(func(row pgx.Row) error { return row.Scan(&last.Seq, &now, &last.Hash) })
+	if err := tx.SendBatch(ctx, head).Close(); err != nil {
 		return fmt.Errorf("loading the head of the chain: %w", err)
 	}
-	n := len(events)
-	ids, seqs, agents, actors := make([]string, n), make([]int64, n), make([]*string, n), make([]*string, n)
-	actions, outcomes, addresses, userAgents := make([]string, n), make([]string, n), make([]string, n), make([]string, n)
-	metadata, before, hashes := make([]string, n), make([][]byte, n), make([][]byte, n)
-	for i, e := range events {
-		e.EventID, e.Seq, e.Timestamp, e.PrevHash = newID(), head.Seq+1, now, head.Hash
+	batch := &pgx.Batch{}
+	for _, e := range events {
+		e.EventID, e.Seq, e.Timestamp, e.PrevHash = newID(), last.Seq+1, now, last.Hash
 		e.Hash = e.sum()
-		head = e
-		ids[i], seqs[i], agents[i], actors[i] = e.EventID, e.Seq, e.AgentID, e.ActorID
-		actions[i], outcomes[i], addresses[i], userAgents[i] = string(e.Action), e.Outcome, e.IPAddress, e.UserAgent
-		metadata[i], before[i], hashes[i] = string(e.Metadata), e.PrevHash, e.Hash
+		batch.Queue(`
+			insert into audit_events (`+eventColumns+`)
+			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)`,
+			e.EventID, e.Seq, e.AgentID, e.ActorID, e.Action, e.Outcome, e.IPAddress, e.UserAgent,
+			string(e.Metadata), e.Timestamp.Time, e.PrevHash, e.Hash)
+		last = e
 	}
-	_, err := tx.Exec(ctx, `
-		insert into audit_events (`+eventColumns+`)
-		select event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent, metadata::json, $10, prev_hash, hash
-		from unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::text[],
-			$8::text[], $9::text[], $11::bytea[], $12::bytea[])
-			as new (event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent, metadata, prev_hash, hash)`,
-		ids, seqs, agents, actors, actions, outcomes, addresses, userAgents, metadata, now.Time, before, hashes)
-	if err != nil {
+	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 		return fmt.Errorf("appending to the audit log: %w", err)
 	}
 	return nil
@@ -257,56 +239,7 @@ func (s *server) refused(r *request, e event, why error) error {
 	return why
 }
 
-// An eventFilter is the query of a list of events, checked.
-type eventFilter struct {
-	query
-	before   int64 // events from this seq on are left out
-	from, to *time.Time
-}
-
-func (s *server) parseEventFilter(r *request) (eventFilter, error) {
-	q, err := parseQuery(r, "page", "limit", "agentId", "action", "outcome", "fromDate", "toDate", "cursor")
-	f := eventFilter{query: q, before: 1<<63 - 1}
-	if err != nil {
-		return f, err
-	}
-	bad := faults{}
-	bad.checkOneOf("action", q.values["action"], actions)
-	bad.checkOneOf("outcome", q.values["outcome"], []string{"success", "failure"})
-	if id := q.values["agentId"]; id != nil && !isID(*id) {
-		bad["agentId"] = "must be a UUID in lower case"
-	}
-	f.from = bad.parseDate("fromDate", q.values["fromDate"], 0)
-	f.to = bad.parseDate("toDate", q.values["toDate"], 24*time.Hour-time.Millisecond)
-	if f.from != nil && f.to != nil && f.from.After(*f.to) {
-		bad["toDate"] = "must not be before fromDate"
-	}
-	if cursor := q.values["cursor"]; cursor != nil {
-		if f.before = s.openCursor(*cursor); f.before == 0 {
-			bad["cursor"] = "must be the nextCursor of a page; start again without it"
-		}
-		if q.page != 1 {
-			bad["page"] = "can't be combined with a cursor"
-		}
-	}
-	if err := bad.problem(); err != nil {
-		return f, err
-	}
-	oldest := s.oldestServed()
-	if f.from != nil && f.from.Before(oldest) || f.to != nil && f.to.Before(oldest) {
-		return f, errRetention.with(map[string]any{
-			"retentionDays": s.cfg.retentionDays, "oldest": moment{oldest},
-		})
-	}
-	if f.from == nil {
-		f.from = &oldest
-	}
-	return f, nil
-}
-
-func (s *server) oldestServed() time.Time {
-	return time.Now().AddDate(0, 0, -s.cfg.retentionDays)
-}
+func (s *server) oldestServed() time.Time { return time.Now().AddDate(0, 0, -s.cfg.retentionDays) }
 
 // parseDate reads a time (RFC 3339) or a day, to which rest is added.
 func (bad faults) parseDate(name string, value *string, rest time.Duration) *time.Time {
@@ -320,47 +253,61 @@ func (bad faults) parseDate(name string, value *string, rest time.Duration) *tim
 	}
 	if err != nil || t.Year() < 1970 || t.Year() > 9999 {
 		bad[name] = "must be a time like 2026-03-28T09:00:00Z or a day like 2026-03-28"
-		return nil
 	}
 	return &t
 }
 
-func (s *server) listEvents(w http.ResponseWriter, r *request) error {
-	f, err := s.parseEventFilter(r)
-	if err != nil {
-		return err
+func (s *server) listEvents(r *request) (any, error) {
+	bad := faults{}
+	q := parseQuery(r, bad, "page", "limit", "agentId", "action", "outcome", "fromDate", "toDate", "cursor")
+	bad.checkOneOf("action", q.values["action"], actions)
+	bad.checkOneOf("outcome", q.values["outcome"], []string{"success", "failure"})
+	if id := q.values["agentId"]; id != nil && !isID(*id) {
+		bad["agentId"] = "must be a UUID in lower case"
 	}
-	const selected = `
+	from := bad.parseDate("fromDate", q.values["fromDate"], 0)
+	to := bad.parseDate("toDate", q.values["toDate"], 24*time.Hour-time.Millisecond)
+	if from != nil && to != nil && from.After(*to) {
+		bad["toDate"] = "must not be before fromDate"
+	}
+	before := s.openCursor(q.values["cursor"])
+	if before == 0 || before < math.MaxInt64 && q.page != 1 {
+		bad["cursor"] = "must be the nextCursor of a page, without a page"
+	}
+	if err := bad.problem(); err != nil {
+		return nil, err
+	}
+	oldest := s.oldestServed()
+	if from != nil && from.Before(oldest) || to != nil && to.Before(oldest) {
+		return nil, errRetention.with(map[string]any{"retentionDays": s.cfg.retentionDays, "oldest": moment{oldest}})
+	}
+	if from == nil {
+		from = &oldest
+	}
+	p, more, err := list[event](r.Context(), s.db, q, pgx.NamedArgs{
+		"agent": q.values["agentId"], "action": q.values["action"], "outcome": q.values["outcome"],
+		"from": from, "to": to, "before": before,
+	}, eventColumns, `
 		from audit_events
-		where ($1::uuid is null or agent_id = $1)
-			and ($2::text is null or action = $2)
-			and ($3::text is null or outcome = $3)
-			and "timestamp" >= $4::timestamptz
-			and ($5::timestamptz is null or "timestamp" <= $5)`
-	filter := []any{f.values["agentId"], f.values["action"], f.values["outcome"], f.from, f.to}
-	rows, _ := s.db.Query(r.Context(), `
-		select `+eventColumns+selected+`
-			and seq < $6::bigint
-		order by seq desc
-		limit $7 offset $8`, plannedOnce(filter, f.before, f.limit+1, f.offset())...)
-	list, err := pgx.CollectRows(rows, pgx.RowToStructByName[event])
+		where (@agent::uuid is null or agent_id = @agent)
+			and (@action::text is null or action = @action)
+			and (@outcome::text is null or outcome = @outcome)
+			and "timestamp" >= @from::timestamptz
+			and (@to::timestamptz is null or "timestamp" <= @to)`, `
+			and seq < @before::bigint
+		order by seq desc`)
 	if err != nil {
-		return fmt.Errorf("listing events: %w", err)
-	}
-	total, err := s.count(r.Context(), selected, filter...)
-	if err != nil {
-		return err
+		return nil, err
 	}
 	var next *string
-	if len(list) > f.limit { // one more than asked for: there is a next page
-		list = list[:f.limit]
-		cursor := s.sealCursor(list[f.limit-1].Seq)
+	if more {
+		cursor := s.sealCursor(p.Data[len(p.Data)-1].Seq)
 		next = &cursor
 	}
-	return respond(w, http.StatusOK, struct {
+	return struct {
 		page[event]
 		NextCursor *string `json:"nextCursor"`
-	}{newPage(f.query, list, total), next})
+	}{p, next}, nil
 }
 
 // sealCursor names the last event of a page. It is authenticated, so that
@@ -371,31 +318,26 @@ func (s *server) sealCursor(seq int64) string {
 }
 
 // openCursor returns 0 for what sealCursor has not made.
-func (s *server) openCursor(cursor string) int64 {
-	b, err := decodeSegment(cursor)
+func (s *server) openCursor(cursor *string) int64 {
+	if cursor == nil {
+		return math.MaxInt64
+	}
+	b, err := decodeSegment(*cursor)
 	if err != nil || len(b) < 8 || !hmac.Equal(b[8:], s.keys.mac("cursor", string(b[:8]))) {
 		return 0
 	}
 	return int64(binary.BigEndian.Uint64(b))
 }
 
-func (s *server) getEvent(w http.ResponseWriter, r *request) error {
+func (s *server) getEvent(r *request) (any, error) {
 	id := r.PathValue("eventId")
 	if !isID(id) {
-		return errNoEvent
+		return nil, errNoEvent
 	}
-	rows, _ := s.db.Query(r.Context(), `
+	return one[event](r.Context(), s.db, errNoEvent, "loading event", `
 		select `+eventColumns+`
 		from audit_events
 		where event_id = $1 and "timestamp" >= $2`, id, s.oldestServed())
-	e, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[event])
-	if errors.Is(err, pgx.ErrNoRows) {
-		return errNoEvent
-	}
-	if err != nil {
-		return fmt.Errorf("loading event: %w", err)
-	}
-	return respond(w, http.StatusOK, e)
 }
 
 // A checkpoint says what the head of the chain was. Signed and kept elsewhere,
@@ -418,16 +360,20 @@ type chainReport struct {
 	Checkpoint  *string `json:"checkpoint"` // null where the chain is not whole
 }
 
-// verifyChain reads the chain from a seq on, up to limit events, and stops at
-// the first that isn't what its predecessor, its content or cp (nil: none)
-// demand. Events may be missing at the beginning, where partitions were
-// dropped, but none after served. An error says that the chain can't be read.
+// verifyChain reads the chain from a seq on (0: its last limit events), up to
+// limit events, and stops at the first that isn't what its predecessor, its
+// content or cp (nil: none) demand. Events may be missing at the beginning,
+// where partitions were dropped, but none after served. An error says that the
+// chain can't be read.
 func verifyChain(ctx context.Context, db querier, from, limit int64, served time.Time, cp *checkpoint) (chainReport, error) {
 	report := chainReport{HeadHash: make(digest, sha256.Size)}
-	var oldest int64
-	err := db.QueryRow(ctx, `select coalesce(min(seq), 1) from audit_events`).Scan(&oldest)
+	var oldest, newest int64
+	err := db.QueryRow(ctx, `select coalesce(min(seq), 1), coalesce(max(seq), 0) from audit_events`).Scan(&oldest, &newest)
 	if err != nil {
-		return report, fmt.Errorf("loading the beginning of the chain: %w", err)
+		return report, fmt.Errorf("loading the ends of the chain: %w", err)
+	}
+	if from == 0 {
+		from = newest - limit + 1
 	}
 	report.FromSeq = max(from, oldest)
 	report.HeadSeq = report.FromSeq - 1
@@ -439,13 +385,11 @@ func verifyChain(ctx context.Context, db querier, from, limit int64, served time
 		limit $2::bigint + 1`, report.FromSeq, limit)
 	defer rows.Close()
 	for rows.Next() && report.FirstBadSeq == 0 && report.Events < limit {
-		var e event
-		err := rows.Scan(&e.EventID, &e.Seq, &e.AgentID, &e.ActorID, &e.Action, &e.Outcome,
-			&e.IPAddress, &e.UserAgent, &e.Metadata, &e.Timestamp, &e.PrevHash, &e.Hash)
+		e, err := pgx.RowToStructByPos[event](rows)
 		if err != nil {
 			return report, fmt.Errorf("reading an event: %w", err)
 		}
-		report.extend(e, oldest, served, cp)
+		report.extend(&e, oldest, served, cp)
 	}
 	rows.Close()
 	if err := rows.Err(); err != nil {
@@ -463,7 +407,7 @@ func verifyChain(ctx context.Context, db querier, from, limit int64, served time
 }
 
 // extend checks one more event.
-func (report *chainReport) extend(e event, oldest int64, served time.Time, cp *checkpoint) {
+func (report *chainReport) extend(e *event, oldest int64, served time.Time, cp *checkpoint) {
 	want := report.HeadSeq + 1
 	if report.Events == 0 && e.Seq == want-1 { // only for its hash
 		report.HeadHash = e.Hash
@@ -503,35 +447,24 @@ func (s *server) seal(report *chainReport) error {
 
 const verifiedAtOnce = 100_000 // events that one request checks
 
-func (s *server) verifyEvents(w http.ResponseWriter, r *request) error {
-	q, err := parseQuery(r, "fromSeq")
-	if err != nil {
-		return err
-	}
-	var from int64
-	if text := q.values["fromSeq"]; text != nil {
-		if from, err = strconv.ParseInt(*text, 10, 64); err != nil || from < 1 || from > 1<<53 {
-			return faults{"fromSeq": "must be a whole number from 1"}.problem()
-		}
-	} else {
-		err := s.db.QueryRow(r.Context(), `
-			select greatest(1, coalesce(max(seq), 0) - $1::bigint + 1)
-			from audit_events`, verifiedAtOnce).Scan(&from)
-		if err != nil {
-			return fmt.Errorf("loading the head of the chain: %w", err)
-		}
+func (s *server) verifyEvents(r *request) (any, error) {
+	bad := faults{}
+	q := parseQuery(r, bad, "fromSeq")
+	from := bad.number("fromSeq", q.values["fromSeq"], 0, 1<<53)
+	if err := bad.problem(); err != nil {
+		return nil, err
 	}
 	report, err := verifyChain(r.Context(), s.db, from, verifiedAtOnce, s.oldestServed(), nil)
+	if err == nil {
+		err = s.seal(&report)
+	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if report.Verified && report.Events == 0 && from > 1 {
-		return faults{"fromSeq": "is beyond the head of the chain"}.problem()
+		return nil, errValidation.with(map[string]any{"fromSeq": "is beyond the head of the chain"})
 	}
-	if err := s.seal(&report); err != nil {
-		return err
-	}
-	return respond(w, http.StatusOK, report)
+	return report, nil
 }
 
 // verifyAudit reads the whole chain and says whether it is as it was written,

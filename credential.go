@@ -10,10 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/http"
 	"net/url"
 	"regexp"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -71,32 +71,38 @@ func newVault() *vault {
 	return v
 }
 
-func (v *vault) hash(ctx context.Context, s secret) (string, error) {
-	if err := v.enter(ctx); err != nil {
-		return "", err
-	}
-	defer v.leave()
-	hash, err := bcrypt.GenerateFromPassword([]byte(s), bcrypt.DefaultCost) // cost 10
-	if err != nil {
-		return "", fmt.Errorf("hashing a secret: %w", err)
-	}
-	return string(hash), nil
+func (v *vault) hash(ctx context.Context, s secret) (hash []byte, err error) {
+	err = v.slowly(ctx, func() (err error) {
+		hash, err = bcrypt.GenerateFromPassword([]byte(s), bcrypt.DefaultCost) // cost 10
+		return err
+	})
+	return hash, err
 }
 
 // compare tells whether hash is that of s. An error says that no slot came
 // free before the deadline of ctx.
-func (v *vault) compare(ctx context.Context, hash string, s secret) (bool, error) {
-	if err := v.enter(ctx); err != nil {
-		return false, err
+func (v *vault) compare(ctx context.Context, hash string, s secret) (right bool, err error) {
+	err = v.slowly(ctx, func() error {
+		right = bcrypt.CompareHashAndPassword([]byte(hash), []byte(s)) == nil
+		return nil
+	})
+	if right {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		v.remember(v.memoKey(hash, s))
 	}
-	defer v.leave()
-	if bcrypt.CompareHashAndPassword([]byte(hash), []byte(s)) != nil {
-		return false, nil
+	return right, err
+}
+
+// slowly runs what takes bcrypt's time in one of the slots.
+func (v *vault) slowly(ctx context.Context, do func() error) error {
+	select {
+	case v.slots <- struct{}{}:
+		defer func() { <-v.slots }()
+		return do()
+	case <-ctx.Done():
+		return fmt.Errorf("waiting to hash a secret: %w", ctx.Err())
 	}
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	v.remember(v.memoKey(hash, s))
-	return true, nil
 }
 
 // known tells whether compare has found before that hash is that of s.
@@ -129,17 +135,6 @@ func (v *vault) memoKey(hash string, s secret) (key [32]byte) {
 	return key
 }
 
-func (v *vault) enter(ctx context.Context) error {
-	select {
-	case v.slots <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("waiting to hash a secret: %w", ctx.Err())
-	}
-}
-
-func (v *vault) leave() { <-v.slots }
-
 // A credential as it is stored and shown. Its hash is in no wire type.
 type credential struct {
 	CredentialID string  `json:"credentialId"`
@@ -160,7 +155,7 @@ type newCredential struct {
 }
 
 type credentialRequest struct {
-	ExpiresAt *time.Time `json:"expiresAt"` // none: until it is revoked
+	ExpiresAt *time.Time `json:"expiresAt,omitempty"` // none: until it is revoked
 }
 
 func (q credentialRequest) check(bad faults) {
@@ -169,193 +164,149 @@ func (q credentialRequest) check(bad faults) {
 	}
 }
 
-func (s *server) createCredential(w http.ResponseWriter, r *request) error {
-	return s.giveSecret(w, r, http.StatusCreated, credentialGenerated, insertCredential)
+func (s *server) createCredential(r *request) (any, error) {
+	return s.giveSecret(r, newID(), credentialGenerated, insertCredential)
 }
 
-func (s *server) rotateCredential(w http.ResponseWriter, r *request) error {
-	return s.giveSecret(w, r, http.StatusOK, credentialRotated, replaceSecret)
+func (s *server) rotateCredential(r *request) (any, error) {
+	return s.giveSecret(r, r.PathValue("credentialId"), credentialRotated, replaceSecret)
 }
 
 // giveSecret stores a new secret with store and answers with it.
-func (s *server) giveSecret(w http.ResponseWriter, r *request, status int, did action,
-	store func(context.Context, *change, secretRow) (credential, error)) error {
+func (s *server) giveSecret(r *request, credentialID, did string,
+	store func(context.Context, *change, secretRow) (credential, error)) (any, error) {
 	q, err := decode[credentialRequest](r)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
-	if did == credentialGenerated {
-		credentialID = newID()
-	}
-	plain := newSecret()
+	agentID, plain := r.PathValue("agentId"), newSecret()
 	hash, err := s.vault.hash(r.Context(), plain)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var c credential
 	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
-		if err := loadManaged(ctx, tx, r, agentID); err != nil {
+		if err := lockManaged(ctx, tx, r, agentID, "active"); err != nil {
 			return event{}, err
 		}
 		c, err = store(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, newID(), q.ExpiresAt})
 		return newEvent(did, agentID, facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}), err
 	})
+	return newCredential{c, plain.reveal()}, err
+}
+
+// lockManaged locks an agent for a change of its credentials, and refuses where
+// the caller may not, or the agent is in none of these states. An agent may
+// change its own by credentials:write. Else it is as for any change of the
+// agent, since a credential is all that the agent may do.
+func lockManaged(ctx context.Context, tx *change, r *request, agentID string, states ...string) error {
+	a, err := loadAgent(ctx, tx, agentID, forUpdate)
 	if err != nil {
 		return err
 	}
-	return respond(w, status, newCredential{c, plain.reveal()})
+	if a.AgentID != r.caller.agentID || !r.caller.has(credentialsWrite) {
+		err = r.caller.mayManage(a)
+	}
+	if err == nil && !slices.Contains(states, a.Status) {
+		err = errNotActive
+	}
+	return err
 }
 
-// loadManaged locks the agent whose credentials the caller is about to give
-// out, and refuses where it is not active or the caller may not.
-func loadManaged(ctx context.Context, tx *change, r *request, agentID string) error {
-	a, err := lockAgent(ctx, tx, agentID)
+func (s *server) listCredentials(r *request) (any, error) {
+	bad := faults{}
+	q := parseQuery(r, bad, "page", "limit")
+	if err := bad.problem(); err != nil {
+		return nil, err
+	}
+	a, err := loadAgent(r.Context(), s.db, r.PathValue("agentId"), "")
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if err := mayManageCredentials(r.caller, a); err != nil {
-		return err
-	}
-	if a.Status != "active" {
-		return errNotActive
-	}
-	return nil
-}
-
-// mayManageCredentials: an agent its own by credentials:write; else as for any
-// change of that agent, since a credential is all that the agent may do.
-func mayManageCredentials(c caller, a agent) error {
-	if c.agentID == a.AgentID && c.has(credentialsWrite) {
-		return nil
-	}
-	return c.mayManage(a)
-}
-
-func (s *server) listCredentials(w http.ResponseWriter, r *request) error {
-	q, err := parseQuery(r, "page", "limit")
-	if err != nil {
-		return err
-	}
-	agentID := r.PathValue("agentId")
-	if _, err := loadAgent(r.Context(), s.db, agentID); err != nil {
-		return err
-	}
-	const selected = `
+	p, _, err := list[credential](r.Context(), s.db, q, pgx.NamedArgs{"client": a.AgentID}, credentialColumns, `
 		from credentials
-		where client_id = $1`
-	rows, _ := s.db.Query(r.Context(), `
-		select `+credentialColumns+selected+`
-		order by credential_id desc
-		limit $2 offset $3`, agentID, q.limit, q.offset())
-	list, err := pgx.CollectRows(rows, pgx.RowToStructByName[credential])
-	if err != nil {
-		return fmt.Errorf("listing credentials: %w", err)
-	}
-	total, err := s.count(r.Context(), selected, agentID)
-	if err != nil {
-		return err
-	}
-	return respond(w, http.StatusOK, newPage(q, list, total))
+		where client_id = @client`, `
+		order by credential_id desc`)
+	return p, err
 }
 
-func (s *server) revokeCredential(w http.ResponseWriter, r *request) error {
+const revokeCredentials = `
+	update credentials
+	set status = 'revoked', revoked_at = date_trunc('milliseconds', clock_timestamp())
+	where `
+
+func (s *server) revokeCredential(r *request) (any, error) {
 	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
-	err := s.change(r, func(ctx context.Context, tx *change) (event, error) {
-		a, err := lockAgent(ctx, tx, agentID)
-		if err != nil {
-			return event{}, err
+	return nil, s.change(r, func(ctx context.Context, tx *change) (event, error) {
+		err := lockManaged(ctx, tx, r, agentID, statuses...)
+		if err == nil {
+			_, err = loadSecretID(ctx, tx, agentID, credentialID)
 		}
-		if err := mayManageCredentials(r.caller, a); err != nil {
-			return event{}, err
+		if err == nil {
+			err = exec(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
 		}
-		if err := lockCredential(ctx, tx, agentID, credentialID); err != nil {
-			return event{}, err
+		if err == nil {
+			_, err = tx.revoke(ctx, "credential", credentialID, lastExpiry())
 		}
-		_, err = tx.Exec(ctx, `
-			update credentials
-			set status = 'revoked', revoked_at = date_trunc('milliseconds', clock_timestamp())
-			where credential_id = $1`, credentialID)
-		if err != nil {
-			return event{}, fmt.Errorf("revoking credential: %w", err)
-		}
-		_, err = tx.revoke(ctx, "credential", credentialID, lastExpiry())
 		return newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID}), err
 	})
-	if err != nil {
-		return err
-	}
-	w.WriteHeader(http.StatusNoContent)
-	return nil
 }
 
 // A secretRow is what storing a secret takes.
 type secretRow struct {
-	credentialID, clientID, prefix, hash, secretID string
-	expiresAt                                      *time.Time
+	credentialID, clientID, prefix string
+	hash                           []byte
+	secretID                       string
+	expiresAt                      *time.Time
 }
 
 func insertCredential(ctx context.Context, tx *change, row secretRow) (credential, error) {
-	rows, _ := tx.Query(ctx, `
+	return one[credential](ctx, tx, nil, "storing credential", `
 		insert into credentials (credential_id, client_id, secret_prefix, secret_hash, secret_id, expires_at)
 		values ($1, $2, $3, $4, $5, date_trunc('milliseconds', $6::timestamptz))
 		returning `+credentialColumns,
-		row.credentialID, row.clientID, row.prefix, row.hash, row.secretID, row.expiresAt)
-	c, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[credential])
-	if err != nil {
-		return c, fmt.Errorf("storing credential: %w", err)
-	}
-	return c, nil
-}
-
-// lockCredential locks an active credential of that agent: another agent's is
-// as unknown as one that never was.
-func lockCredential(ctx context.Context, tx pgx.Tx, agentID, credentialID string) error {
-	var status string
-	err := tx.QueryRow(ctx, `
-		select status
-		from credentials
-		where credential_id = $1 and client_id = $2
-		for update`, credentialID, agentID).Scan(&status)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		return errNoCredential
-	case err != nil:
-		return fmt.Errorf("loading credential: %w", err)
-	case status != "active":
-		return errCredentialRevoked
-	}
-	return nil
+		row.credentialID, row.clientID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
 }
 
 // replaceSecret gives a credential a new secret and expiry, and revokes the
 // tokens that the old secret was traded for.
 func replaceSecret(ctx context.Context, tx *change, row secretRow) (credential, error) {
-	var c credential
-	if err := lockCredential(ctx, tx, row.clientID, row.credentialID); err != nil {
-		return c, err
-	}
-	var old string
-	err := tx.QueryRow(ctx, `
-		select secret_id
-		from credentials
-		where credential_id = $1`, row.credentialID).Scan(&old)
+	old, err := loadSecretID(ctx, tx, row.clientID, row.credentialID)
 	if err != nil {
-		return c, fmt.Errorf("loading the old secret's id: %w", err)
+		return credential{}, err
 	}
-	rows, _ := tx.Query(ctx, `
+	if _, err := tx.revoke(ctx, "secret", old, lastExpiry()); err != nil {
+		return credential{}, err
+	}
+	return one[credential](ctx, tx, errNoCredential, "replacing a secret", `
 		update credentials
-		set secret_prefix = $2, secret_hash = $3, secret_id = $4,
-			expires_at = date_trunc('milliseconds', $5::timestamptz)
+		set secret_prefix = $2, secret_hash = $3, secret_id = $4, expires_at = date_trunc('milliseconds', $5::timestamptz)
 		where credential_id = $1
 		returning `+credentialColumns,
-		row.credentialID, row.prefix, row.hash, row.secretID, row.expiresAt)
-	c, err = pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[credential])
-	if err != nil {
-		return c, fmt.Errorf("replacing a secret: %w", err)
+		row.credentialID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
+}
+
+// loadSecretID returns what tokens of an active credential carry. Its agent
+// must be locked. Another agent's credential is as unknown as one that never
+// was.
+func loadSecretID(ctx context.Context, tx pgx.Tx, agentID, credentialID string) (id string, err error) {
+	if !isID(credentialID) {
+		return "", errNoCredential
 	}
-	_, err = tx.revoke(ctx, "secret", old, lastExpiry())
-	return c, err
+	var status string
+	err = tx.QueryRow(ctx, `
+		select secret_id, status
+		from credentials
+		where credential_id = $1 and client_id = $2`, credentialID, agentID).Scan(&id, &status)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		err = errNoCredential
+	case err != nil:
+		err = fmt.Errorf("loading credential: %w", err)
+	case status != "active":
+		err = errCredentialRevoked
+	}
+	return id, err
 }
 
 // authenticateClient is the only way from a request to the client that sent
@@ -365,7 +316,7 @@ func replaceSecret(ctx context.Context, tx *change, row secretRow) (credential, 
 // A client that is known to be right costs one query. All others are first
 // counted as a failure of their address, so that no burst gets through to
 // bcrypt or the audit log, and are given that back if they turn out right.
-func (s *server) authenticateClient(w http.ResponseWriter, r *request) error {
+func (s *server) authenticateClient(r *request) error {
 	id, plain, err := r.clientSecret()
 	if err != nil {
 		return err
@@ -384,7 +335,7 @@ func (s *server) authenticateClient(w http.ResponseWriter, r *request) error {
 	address := addressKey(r.addr)
 	v, redisErr := s.admit(r.Context(), address, nil, "", 0)
 	if v.state == "limited" {
-		v.setHeaders(w.Header())
+		v.setHeaders(r.out)
 		return errAddressLimited
 	}
 	if !right && o.hash != "" {
@@ -444,6 +395,9 @@ func loadSecretOwner(ctx context.Context, db querier, clientID, prefix string) (
 
 // clientSecret finds the one client_id and secret in a request.
 func (r *request) clientSecret() (id string, plain secret, err error) {
+	if len(r.Header.Values("Authorization")) > 1 {
+		return "", "", errTwoMethods
+	}
 	id, plain = r.form.Get("client_id"), secret(r.form.Get("client_secret"))
 	header := r.Header.Get("Authorization")
 	if header == "" {

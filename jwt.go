@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/hmac"
 	"crypto/rand"
@@ -35,6 +36,8 @@ var (
 	// errBadToken says that a token is not one that is valid now. Why it isn't
 	// is nobody's business but its issuer's, so there is only one of it.
 	errBadToken = errors.New("not a valid token")
+
+	errKey = errors.New("not RSA keys of 2048 to 8192 bits in PEM")
 )
 
 // claims are those of an access token (RFC 9068, section 2.2). The order here
@@ -89,56 +92,70 @@ type publicKey struct {
 	headers map[string]string // by typ, the one encoded header that this key's tokens have
 }
 
-// parseKeys reads the signing key, and the further keys that verify and are
-// published. It fails on what is no RSA key of 2048 to 8192 bits.
-func parseKeys(privatePEM, publicPEM string) (*keyset, error) {
-	der, rest := pem.Decode([]byte(unescape(privatePEM)))
-	if der == nil || strings.TrimSpace(string(rest)) != "" {
-		return nil, errors.New("the private key must be one PEM block")
-	}
-	parsed, err := x509.ParsePKCS8PrivateKey(der.Bytes)
+// newKeyset takes the key that signs: one PEM block, PKCS#8 or PKCS#1.
+func newKeyset(text string) (*keyset, error) {
+	keys, err := parsePEM(text)
 	if err != nil {
-		parsed, err = x509.ParsePKCS1PrivateKey(der.Bytes)
+		return nil, err
 	}
-	private, ok := parsed.(*rsa.PrivateKey)
-	if err != nil || !ok {
-		return nil, errors.New("the private key must be an RSA key in PKCS#8 or PKCS#1")
-	}
-	k := &keyset{private: private}
-	if err := k.add(&private.PublicKey); err != nil {
-		return nil, fmt.Errorf("the private key: %w", err)
+	private, ok := keys[0].(*rsa.PrivateKey)
+	if !ok || len(keys) != 1 {
+		return nil, errKey
 	}
 	mac := sha256.Sum256(append([]byte("agentidp mac key"), private.D.Bytes()...))
-	k.macKey = mac[:]
-	for rest := unescape(publicPEM); strings.TrimSpace(rest) != ""; {
-		block, after := pem.Decode([]byte(rest))
-		if block == nil {
-			return nil, errors.New("the public keys must be PEM blocks")
-		}
-		rest = string(after)
-		parsed, err := x509.ParsePKIXPublicKey(block.Bytes)
-		if err != nil {
-			parsed, err = x509.ParsePKCS1PublicKey(block.Bytes)
-		}
-		public, ok := parsed.(*rsa.PublicKey)
-		if err != nil || !ok {
-			return nil, errors.New("each public key must be an RSA key in PKIX or PKCS#1")
-		}
-		if err := k.add(public); err != nil {
-			return nil, fmt.Errorf("a public key: %w", err)
-		}
-	}
-	return k, nil
+	k := &keyset{private: private, macKey: mac[:]}
+	return k, k.add(&private.PublicKey)
 }
 
-// unescape turns \n into new lines: many tools can't put those in a variable.
-func unescape(pem string) string { return strings.ReplaceAll(pem, `\n`, "\n") }
+// publish takes further keys that verify: PEM blocks, PKIX or PKCS#1.
+func (k *keyset) publish(text string) (any, error) {
+	if k == nil || strings.TrimSpace(text) == "" {
+		return nil, nil
+	}
+	keys, err := parsePEM(text)
+	for _, key := range keys {
+		if public, ok := key.(*rsa.PublicKey); !ok || k.add(public) != nil {
+			return nil, errKey
+		}
+	}
+	return nil, err
+}
 
-// add makes a key verify. A key that is there already is not added again, so
+// parsePEM fails where there is anything but keys. \n may stand for a new
+// line: many tools can't put those in a variable.
+func parsePEM(text string) (keys []any, err error) {
+	for rest := []byte(strings.ReplaceAll(text, `\n`, "\n")); len(bytes.TrimSpace(rest)) > 0; {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			return nil, errKey
+		}
+		var key any
+		switch block.Type {
+		case "PRIVATE KEY":
+			key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
+		case "RSA PRIVATE KEY":
+			key, err = x509.ParsePKCS1PrivateKey(block.Bytes)
+		case "PUBLIC KEY":
+			key, err = x509.ParsePKIXPublicKey(block.Bytes)
+		case "RSA PUBLIC KEY":
+			key, err = x509.ParsePKCS1PublicKey(block.Bytes)
+		}
+		if err != nil || key == nil {
+			return nil, errKey
+		}
+		keys = append(keys, key)
+	}
+	if keys == nil {
+		return nil, errKey
+	}
+	return keys, nil
+}
+
+// add makes a key of 2048 to 8192 bits verify. A key that is there already is not added again, so
 // that kids are unique.
 func (k *keyset) add(key *rsa.PublicKey) error {
 	if bits := key.N.BitLen(); bits < 2048 || bits > 8192 || key.E < 65537 {
-		return fmt.Errorf("%d bits and exponent %d, where 2048 to 8192 and at least 65537 are allowed", bits, key.E)
+		return errKey
 	}
 	n, e := encodeNumbers(key)
 	sum := sha256.Sum256([]byte(`{"e":"` + e + `","kty":"RSA","n":"` + n + `"}`)) // RFC 7638, section 3.3

@@ -37,7 +37,6 @@ import (
 	"regexp"
 	"runtime/debug"
 	"slices"
-	"sort"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -84,95 +83,74 @@ func main() {
 
 const usage = `AgentIdP is an identity provider for AI agents.
 
-usage:
-  agentidp                          serve
-  agentidp bootstrap EMAIL          register the first agent, print its client_id and client_secret
+  agentidp                            serve
+  agentidp bootstrap EMAIL            register the first agent, print its client_id and client_secret
   agentidp verify-audit [CHECKPOINT]  check the audit log, also against a checkpoint kept elsewhere
-  agentidp keygen                   print a new signing key
-  agentidp healthcheck              ask the server on this machine for its health
-  agentidp -version
-  agentidp -h
+  agentidp keygen                     print a new signing key
+  agentidp healthcheck                ask the server on this machine for its health
+  agentidp -version | -h
 
-environment (* is required; the first four also as NAME_FILE, a file that holds the value):
+Variables of the environment, with their defaults; those marked * are required. The first four
+can also be given as NAME_FILE, a file that holds the value.
+
 `
 
 // run is the program, with the operating system passed in.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	command, rest := "", args
-	if len(args) > 0 {
-		command, rest = args[0], args[1:]
-	}
-	switch {
-	case command == "-h" || command == "-help" || command == "--help":
+	switch command := strings.Join(args, " "); command {
+	case "-h", "-help", "--help":
 		fmt.Fprint(stdout, usage)
 		for _, v := range variables {
-			fmt.Fprintf(stdout, "  %-24s%s\n", v.name+map[bool]string{true: " *"}[v.required], v.about)
+			fmt.Fprintf(stdout, "  %-23s %-6s %s\n", v.name, v.preset, v.about)
 		}
 		return nil
-	case command == "-version" || command == "--version":
+	case "-version", "--version":
 		fmt.Fprintln(stdout, version())
 		return nil
-	case command == "keygen" && len(rest) == 0:
+	case "keygen":
 		key, err := newKeyPEM()
 		fmt.Fprintf(stdout, "%s", key)
 		return err
-	case command == "healthcheck" && len(rest) == 0:
-		return checkHealth(ctx, getenv)
-	case command == "", command == "bootstrap" && len(rest) == 1, command == "verify-audit" && len(rest) <= 1:
-	default:
-		return fmt.Errorf("what is %q? -h tells what there is", strings.Join(args, " "))
 	}
 	cfg, err := loadConfig(getenv)
-	if err != nil {
+	switch {
+	case len(args) == 1 && args[0] == "healthcheck":
+		return checkHealth(ctx, cfg.listen())
+	case err != nil:
 		return err
 	}
 	slog.SetDefault(slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
-	if command == "" {
+	switch {
+	case len(args) == 0:
 		return serve(ctx, cfg)
+	case len(args) == 2 && args[0] == "bootstrap":
+		return withServer(ctx, cfg, func(s *server) error { return s.bootstrap(ctx, args[1], stdout) })
+	case len(args) <= 2 && args[0] == "verify-audit":
+		return withServer(ctx, cfg, func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout) })
 	}
-	s, err := open(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	defer s.close()
-	if command == "bootstrap" {
-		return s.bootstrap(ctx, rest[0], stdout)
-	}
-	return s.verifyAudit(ctx, strings.Join(rest, ""), stdout)
+	return fmt.Errorf("what is %q? -h tells what there is", args)
 }
 
 func version() string {
-	v := release
-	if info, ok := debug.ReadBuildInfo(); ok {
-		for _, setting := range info.Settings {
-			if setting.Key == "vcs.revision" {
-				v += "+" + setting.Value[:min(12, len(setting.Value))]
-			}
-		}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "(devel)" && info.Main.Version != "" {
+		return release + "+" + info.Main.Version
 	}
-	return v
+	return release
 }
 
 // checkHealth is for container images, which have no shell and no curl.
-func checkHealth(ctx context.Context, getenv func(string) string) error {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+func checkHealth(ctx context.Context, address string) error {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	host, port := getenv("HOST"), getenv("PORT")
-	if ip, err := netip.ParseAddr(host); host == "" || err == nil && ip.IsUnspecified() {
-		host = "127.0.0.1"
-	}
-	if port == "" {
-		port = "3000"
-	}
-	q, err := http.NewRequestWithContext(ctx, "GET", "http://"+net.JoinHostPort(host, port)+"/health", nil)
+	q, err := http.NewRequestWithContext(ctx, "GET", "http://"+address+"/health", nil)
 	if err != nil {
-		return fmt.Errorf("checking health: %w", err)
+		return err
 	}
 	answer, err := http.DefaultClient.Do(q)
 	if err != nil {
-		return fmt.Errorf("checking health: %w", err)
+		return err
 	}
-	defer answer.Body.Close()
+	answer.Body.Close()
 	if answer.StatusCode != http.StatusOK {
 		return fmt.Errorf("health is %s", answer.Status)
 	}
@@ -184,42 +162,69 @@ type config struct {
 	database          *pgxpool.Config
 	redis             *redis.Options
 	keys              *keyset
-	listen            string // host:port
-	corsOrigin        string // empty: none
+	host, corsOrigin  string
 	issuer            string
 	tokenTTL          time.Duration
-	rateLimit         int // requests a minute; 0 is none
-	monthlyTokenLimit int // tokens; 0 is none
+	port              int
+	rateLimit         int // requests a minute; 0 is no limit
+	monthlyTokenLimit int // tokens; 0 is no limit
 	maxAgents         int // that are not decommissioned; 0 is no limit
 	retentionDays     int
 	trustedProxies    []netip.Prefix
 	logLevel          slog.Level
 }
 
-type variable struct {
-	name     string
-	required bool
-	fallback string
-	about    string
+func (cfg config) listen() string { return net.JoinHostPort(cfg.host, strconv.Itoa(cfg.port)) }
+
+type variable struct{ name, preset, about string }
+
+// variables are all that the program reads from its environment. Where preset
+// is *, a value is required. The first four can also be given as NAME_FILE.
+var variables = []variable{
+	{"DATABASE_URL", "*", "PostgreSQL, 14 or later: postgres://user:password@host:5432/agentidp"},
+	{"REDIS_URL", "*", "Redis, 6.2 or later, a database of it for this service alone: redis://default:password@host:6379/0"},
+	{"JWT_PRIVATE_KEY", "*", "the RSA key that signs, as PEM, of 2048 bits or more; make one with: go run . keygen"},
+	{"JWT_PUBLIC_KEY", "", "further RSA keys that verify and are published, as PEM blocks one after another"},
+	{"PORT", "3000", "port to listen on"},
+	{"HOST", "", "address to listen on; all of them if empty"},
+	{"ISSUER", "", "URL of the service as clients see it, without a slash at the end; http://localhost:PORT if empty"},
+	{"TOKEN_TTL", "1h", "lifetime of a token, like 15m or in seconds, at most 24h"},
+	{"RATE_LIMIT_PER_MINUTE", "100", "requests of a client, and failed authentications of an address; 0 is no limit"},
+	{"MONTHLY_TOKEN_LIMIT", "10000", "tokens issued to a client in a calendar month (UTC); 0 is no limit"},
+	{"MAX_AGENTS", "100", "agents that are not decommissioned; 0 is no limit"},
+	{"RETENTION_DAYS", "90", "how many days of the audit log are served, from 1"},
+	{"CORS_ORIGIN", "", "origin like https://console.example.com whose pages may call the API; none if empty"},
+	{"TRUSTED_PROXIES", "", "networks whose X-Forwarded-For counts, like 10.0.0.0/8,::1/128"},
+	{"LOG_LEVEL", "info", "debug, info, warn or error"},
 }
 
-// variables are all that the program reads from its environment.
-var variables = []variable{
-	{"DATABASE_URL", true, "", "PostgreSQL, 14 or later: postgres://user:password@host:5432/agentidp"},
-	{"REDIS_URL", true, "", "Redis, 6.2 or later, one database of it for this service alone: redis://default:password@host:6379/0"},
-	{"JWT_PRIVATE_KEY", true, "", "RSA key that signs, as PEM; make one with: go run . keygen"},
-	{"JWT_PUBLIC_KEY", false, "", "further RSA keys that verify and are published, as PEM blocks one after another"},
-	{"PORT", false, "3000", "port to listen on"},
-	{"HOST", false, "", "address to listen on; empty is all of them"},
-	{"ISSUER", false, "", "base URL of the service as clients see it, without a slash at the end; empty is http://localhost:PORT"},
-	{"TOKEN_TTL", false, "1h", "lifetime of a token, like 15m or in seconds, at most 24h"},
-	{"RATE_LIMIT_PER_MINUTE", false, "100", "requests of a client, and failed authentications of an address; 0 is no limit"},
-	{"MONTHLY_TOKEN_LIMIT", false, "10000", "tokens issued to a client in a calendar month (UTC); 0 is no limit"},
-	{"MAX_AGENTS", false, "100", "agents that are not decommissioned; 0 is no limit"},
-	{"RETENTION_DAYS", false, "90", "how far back the audit log is served"},
-	{"CORS_ORIGIN", false, "", "origin whose pages may call the API; empty is none"},
-	{"TRUSTED_PROXIES", false, "", "networks whose X-Forwarded-For counts, like 10.0.0.0/8,::1/128"},
-	{"LOG_LEVEL", false, "info", "debug, info, warn or error"},
+// loadConfig reports every fault at once, and repeats no value.
+func loadConfig(getenv func(string) string) (config, error) {
+	env := &environment{getenv: getenv}
+	cfg := config{
+		database:          parse(env, "DATABASE_URL", pgxpool.ParseConfig),
+		redis:             parse(env, "REDIS_URL", redis.ParseURL),
+		keys:              parse(env, "JWT_PRIVATE_KEY", newKeyset),
+		port:              parse(env, "PORT", between(0, 65535)),
+		host:              parse(env, "HOST", anyText),
+		issuer:            parse(env, "ISSUER", parseIssuer),
+		tokenTTL:          parse(env, "TOKEN_TTL", parseTTL),
+		rateLimit:         parse(env, "RATE_LIMIT_PER_MINUTE", between(0, 1e6)),
+		monthlyTokenLimit: parse(env, "MONTHLY_TOKEN_LIMIT", between(0, 1e9)),
+		maxAgents:         parse(env, "MAX_AGENTS", between(0, 1e9)),
+		retentionDays:     parse(env, "RETENTION_DAYS", between(1, 36500)),
+		corsOrigin:        parse(env, "CORS_ORIGIN", parseOrigin),
+		trustedProxies:    parse(env, "TRUSTED_PROXIES", parseNetworks),
+	}
+	parse(env, "JWT_PUBLIC_KEY", cfg.keys.publish)
+	parse(env, "LOG_LEVEL", func(v string) (any, error) { return nil, cfg.logLevel.UnmarshalText([]byte(v)) })
+	if cfg.issuer == "" {
+		cfg.issuer = fmt.Sprintf("http://localhost:%d", cfg.port)
+	}
+	if env.wrong != nil {
+		return cfg, fmt.Errorf("the environment is not complete:\n%w\nto have all of it set up for development: make run", errors.Join(env.wrong...))
+	}
+	return cfg, nil
 }
 
 // An environment collects what is wrong with it.
@@ -228,111 +233,83 @@ type environment struct {
 	wrong  []error
 }
 
-func (env *environment) complain(format string, args ...any) {
-	env.wrong = append(env.wrong, fmt.Errorf(format, args...))
-}
-
-// value is that of a variable, or of the file that NAME_FILE names.
-func (env *environment) value(name string) string {
-	v := variables[slices.IndexFunc(variables, func(v variable) bool { return v.name == name })]
+// parse takes the value of a variable, or of the file that NAME_FILE names.
+func parse[T any](env *environment, name string, read func(string) (T, error)) (result T) {
+	i := slices.IndexFunc(variables, func(v variable) bool { return v.name == name })
 	value, file := env.getenv(name), ""
-	if i := slices.IndexFunc(variables, func(v variable) bool { return v.name == name }); i < 4 {
+	if i < 4 {
 		file = env.getenv(name + "_FILE")
 	}
-	switch {
-	case value != "" && file != "":
-		env.complain("%s and %s_FILE are both set", name, name)
-	case file != "":
-		content, err := os.ReadFile(file)
-		if err != nil {
-			env.complain("%s_FILE: %w", name, err)
-			return ""
-		}
-		value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
-	}
-	if value == "" && file == "" && v.required {
-		env.complain("%s is missing: %s", name, v.about)
-	}
-	if value == "" {
-		value = v.fallback
-	}
-	return value
-}
-
-func (env *environment) number(name string, least, most int) int {
-	n, err := strconv.Atoi(env.value(name))
-	if err != nil || n < least || n > most {
-		env.complain("%s must be a whole number from %d to %d", name, least, most)
-	}
-	return n
-}
-
-// loadConfig reports every fault at once, and repeats no value of a secret.
-func loadConfig(getenv func(string) string) (config, error) {
-	env := &environment{getenv: getenv}
-	var cfg config
+	complaint := " is not right: "
 	var err error
-	if value := env.value("DATABASE_URL"); value != "" {
-		if cfg.database, err = pgxpool.ParseConfig(value); err != nil {
-			env.complain("DATABASE_URL is no URL of a PostgreSQL database")
-		}
+	switch content := []byte(nil); {
+	case value != "" && file != "":
+		err, complaint = errors.ErrUnsupported, " and "+name+"_FILE are both set: "
+	case file != "":
+		content, err = os.ReadFile(file)
+		value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
+		complaint = "_FILE could not be read: "
+	case value == "" && variables[i].preset == "*":
+		err, complaint = errors.ErrUnsupported, " is missing: "
+	case value == "":
+		value = variables[i].preset
 	}
-	if value := env.value("REDIS_URL"); value != "" {
-		if cfg.redis, err = redis.ParseURL(value); err != nil {
-			env.complain("REDIS_URL is no URL of a Redis database")
-		}
+	if err == nil {
+		complaint = " is not right: "
+		result, err = read(value)
 	}
-	private, public := env.value("JWT_PRIVATE_KEY"), env.value("JWT_PUBLIC_KEY")
-	if private != "" {
-		if cfg.keys, err = parseKeys(private, public); err != nil {
-			env.complain("JWT_PRIVATE_KEY, JWT_PUBLIC_KEY: %w", err)
-		}
+	if err != nil {
+		env.wrong = append(env.wrong, errors.New(name+complaint+variables[i].about))
 	}
-	port := env.number("PORT", 0, 65535)
-	cfg.listen = net.JoinHostPort(env.value("HOST"), strconv.Itoa(port))
-	if cfg.issuer = env.value("ISSUER"); cfg.issuer == "" {
-		cfg.issuer = "http://localhost:" + strconv.Itoa(port)
-	}
-	if u, err := url.Parse(cfg.issuer); err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Host == "" ||
-		u.User != nil || strings.ContainsAny(cfg.issuer, "?#\"\\ ") || strings.HasSuffix(cfg.issuer, "/") {
-		env.complain("ISSUER must be an https or http URL without a query, a fragment and a slash at the end")
-	}
-	cfg.tokenTTL = env.duration("TOKEN_TTL", time.Second, maxTokenTTL)
-	cfg.rateLimit = env.number("RATE_LIMIT_PER_MINUTE", 0, 1_000_000)
-	cfg.monthlyTokenLimit = env.number("MONTHLY_TOKEN_LIMIT", 0, 1_000_000_000)
-	cfg.maxAgents = env.number("MAX_AGENTS", 0, 1_000_000_000)
-	cfg.retentionDays = env.number("RETENTION_DAYS", 1, 36500)
-	cfg.corsOrigin = env.value("CORS_ORIGIN")
-	if u, err := url.Parse(cfg.corsOrigin); cfg.corsOrigin != "" && (err != nil || u.Host == "" || u.Scheme+"://"+u.Host != cfg.corsOrigin) {
-		env.complain("CORS_ORIGIN must be one origin like https://console.example.com")
-	}
-	for _, text := range strings.FieldsFunc(env.value("TRUSTED_PROXIES"), func(c rune) bool { return c == ',' || c == ' ' }) {
-		network, err := netip.ParsePrefix(text)
-		if err != nil {
-			env.complain("TRUSTED_PROXIES must be networks like 10.0.0.0/8, separated by commas")
-		}
-		cfg.trustedProxies = append(cfg.trustedProxies, network)
-	}
-	if cfg.logLevel.UnmarshalText([]byte(env.value("LOG_LEVEL"))) != nil {
-		env.complain("LOG_LEVEL must be debug, info, warn or error")
-	}
-	if len(env.wrong) > 0 {
-		env.complain("to have all of it set up for development: make run")
-		return cfg, fmt.Errorf("the environment is not complete:\n%w", errors.Join(env.wrong...))
-	}
-	return cfg, nil
+	return result
 }
 
-func (env *environment) duration(name string, least, most time.Duration) time.Duration {
-	value := env.value(name)
-	d, err := time.ParseDuration(value)
-	if seconds, secondsErr := strconv.Atoi(value); secondsErr == nil && seconds < 1<<31 {
-		d, err = time.Duration(seconds)*time.Second, nil
+func anyText(v string) (string, error) { return v, nil }
+
+func between(least, most int) func(string) (int, error) {
+	return func(v string) (int, error) {
+		n, err := strconv.Atoi(v)
+		if n < least || n > most {
+			err = strconv.ErrRange
+		}
+		return n, err
 	}
-	if err != nil || d < least || d > most {
-		env.complain("%s must be from %s to %s", name, least, most)
+}
+
+func parseTTL(v string) (time.Duration, error) {
+	if _, notSeconds := strconv.Atoi(v); notSeconds == nil {
+		v += "s"
 	}
-	return d
+	ttl, err := time.ParseDuration(v)
+	if ttl < time.Second || ttl > maxTokenTTL {
+		err = strconv.ErrRange
+	}
+	return ttl, err
+}
+
+func parseIssuer(v string) (string, error) {
+	u, err := url.Parse(v)
+	if v != "" && err == nil && (u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil ||
+		strings.ContainsAny(v, `?#"\ `) || strings.HasSuffix(v, "/")) {
+		err = strconv.ErrSyntax
+	}
+	return v, err
+}
+
+func parseOrigin(v string) (string, error) {
+	u, err := url.Parse(v)
+	if v != "" && err == nil && (u.Host == "" || u.Scheme+"://"+u.Host != v) {
+		err = strconv.ErrSyntax
+	}
+	return v, err
+}
+
+func parseNetworks(v string) (list []netip.Prefix, err error) {
+	for _, text := range strings.FieldsFunc(v, func(c rune) bool { return c == ',' || c == ' ' }) {
+		network, badErr := netip.ParsePrefix(text)
+		list, err = append(list, network), errors.Join(err, badErr)
+	}
+	return list, err
 }
 
 // A querier is what a pool and a transaction share.
@@ -342,11 +319,32 @@ type querier interface {
 	QueryRow(context.Context, string, ...any) pgx.Row
 }
 
+// one returns the row of a query. Where there is none it fails with none.
+func one[T any](ctx context.Context, db querier, none error, doing, sql string, args ...any) (T, error) {
+	rows, _ := db.Query(ctx, sql, args...) // its error comes back from Collect
+	v, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[T])
+	if errors.Is(err, pgx.ErrNoRows) {
+		return v, none
+	}
+	if err != nil {
+		return v, fmt.Errorf("%s: %w", doing, err)
+	}
+	return v, nil
+}
+
+// exec runs a statement whose result doesn't matter.
+func exec(ctx context.Context, db querier, doing, sql string, args ...any) error {
+	if _, err := db.Exec(ctx, sql, args...); err != nil {
+		return fmt.Errorf("%s: %w", doing, err)
+	}
+	return nil
+}
+
 // A server holds nothing that another copy would need.
 type server struct {
 	cfg      config
 	keys     *keyset
-	db       *pgxpool.Pool // for requests, which hold one connection at most and wait for nothing with it
+	db       *pgxpool.Pool // for requests: each holds one connection at most, and waits for nothing with it
 	inner    *pgxpool.Pool // for the recorder and the keeper, which requests must not hold up
 	redis    *cache
 	vault    *vault
@@ -355,68 +353,60 @@ type server struct {
 	postgresUp, redisUp, draining atomic.Bool
 }
 
-// open connects to both stores and applies the schema. It waits for PostgreSQL
-// for a minute. Redis may be out of reach: the service does without.
+func withServer(ctx context.Context, cfg config, do func(*server) error) error {
+	s, err := open(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	return do(s)
+}
+
+// open connects to both stores and applies the schema, one copy at a time. It
+// waits for PostgreSQL for a minute; without Redis the service can do.
 func open(ctx context.Context, cfg config) (*server, error) {
 	cfg.database.ConnConfig.ConnectTimeout = storeTimeout
-	db, err := pgxpool.NewWithConfig(ctx, cfg.database)
-	if err != nil {
-		return nil, fmt.Errorf("opening the database: %w", err)
-	}
 	own := cfg.database.Copy()
 	own.MaxConns = 2
+	db, dbErr := pgxpool.NewWithConfig(ctx, cfg.database)
 	inner, err := pgxpool.NewWithConfig(ctx, own)
-	if err != nil {
-		db.Close()
+	if err = errors.Join(dbErr, err); err != nil {
 		return nil, fmt.Errorf("opening the database: %w", err)
 	}
-	options := *cfg.redis
-	options.DialTimeout, options.ReadTimeout, options.WriteTimeout = redisTimeout, redisTimeout, redisTimeout
-	options.PoolTimeout, options.ContextTimeoutEnabled, options.MaxRetries = redisTimeout, true, -1
-	options.DisableIdentity = true
-	options.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+	o := *cfg.redis
+	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, redisTimeout
+	o.ContextTimeoutEnabled, o.MaxRetries, o.DisableIdentity = true, -1, true
+	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s := &server{
-		cfg: cfg, keys: cfg.keys, db: db, inner: inner, redis: &cache{Client: redis.NewClient(&options)},
+		cfg: cfg, keys: cfg.keys, db: db, inner: inner, redis: &cache{Client: redis.NewClient(&o)},
 		vault: newVault(), recorder: newRecorder(inner),
 	}
-	if err := s.prepare(ctx); err != nil {
+	waiting, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for err = s.applySchema(waiting); err != nil && waiting.Err() == nil; err = s.applySchema(waiting) {
+		if _, refused := errors.AsType[*pgconn.PgError](err); refused {
+			break
+		}
+		slog.Warn("waiting for PostgreSQL", "error", err)
+		time.Sleep(time.Second)
+	}
+	if err != nil {
 		s.close()
-		return nil, err
+		return nil, fmt.Errorf("applying the schema: %w", err)
 	}
 	return s, nil
 }
 
-// prepare waits for PostgreSQL and applies the schema, one copy at a time.
-func (s *server) prepare(ctx context.Context) error {
-	for begun := time.Now(); ; {
-		ping, cancel := context.WithTimeout(ctx, storeTimeout)
-		err := s.inner.Ping(ping)
-		cancel()
-		if err == nil {
-			break
-		}
-		if time.Since(begun) > time.Minute || ctx.Err() != nil {
-			return fmt.Errorf("waiting for PostgreSQL: %w", err)
-		}
-		slog.Warn("waiting for PostgreSQL", "error", err)
-		select {
-		case <-ctx.Done():
-		case <-time.After(time.Second):
-		}
-	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+func (s *server) applySchema(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	err := pgx.BeginFunc(ctx, s.inner, func(tx pgx.Tx) error {
+	return pgx.BeginFunc(ctx, s.inner, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `select pg_advisory_xact_lock($1)`, schemaLock); err != nil {
 			return err
 		}
 		_, err := tx.Exec(ctx, schema)
 		return err
 	})
-	if err != nil {
-		return fmt.Errorf("applying the schema: %w", err)
-	}
-	return nil
 }
 
 // close stores what is recorded and lets go of both stores.
@@ -429,42 +419,33 @@ func (s *server) close() {
 
 // serve serves until ctx ends, and then finishes what has begun.
 func serve(ctx context.Context, cfg config) error {
-	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", cfg.listen)
+	listener, err := net.Listen("tcp", cfg.listen())
 	if err != nil {
 		return fmt.Errorf("%w; PORT and HOST choose another address", err)
 	}
 	defer listener.Close()
-	s, err := open(ctx, cfg)
-	if err != nil {
+	return withServer(ctx, cfg, func(s *server) error {
+		s.postgresUp.Store(true)
+		stopKeeper := s.startKeeper()
+		defer stopKeeper()
+		web := s.web()
+		failed := make(chan error, 1)
+		go func() { failed <- web.Serve(listener) }()
+		slog.Info("serving", "url", cfg.issuer, "address", listener.Addr().String(), "version", version())
+		select {
+		case err := <-failed:
+			return fmt.Errorf("serving: %w", err)
+		case <-ctx.Done():
+		}
+		slog.Info("stopping")
+		s.draining.Store(true)
+		time.Sleep(drainTime) // who asks for our health sends no more
+		finish, cancel := context.WithTimeout(context.Background(), 2*requestTimeout)
+		defer cancel()
+		err := web.Shutdown(finish)
+		slog.Info("stopped")
 		return err
-	}
-	defer s.close()
-	keeping, stopKeeping := context.WithCancel(context.WithoutCancel(ctx))
-	kept := make(chan struct{})
-	go func() { defer close(kept); s.keep(keeping) }()
-	defer func() { stopKeeping(); <-kept }()
-	s.postgresUp.Store(true)
-
-	web := s.web()
-	failed := make(chan error, 1)
-	go func() { failed <- web.Serve(listener) }()
-	slog.Info("serving", "url", cfg.issuer, "address", listener.Addr().String(), "version", version())
-	select {
-	case err := <-failed:
-		return fmt.Errorf("serving: %w", err)
-	case <-ctx.Done():
-	}
-	slog.Info("stopping")
-	s.draining.Store(true)
-	time.Sleep(drainTime) // who asks for our health sends no more
-	finish, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*requestTimeout)
-	defer cancel()
-	if err := web.Shutdown(finish); err != nil {
-		web.Close()
-		return fmt.Errorf("stopping: %w", err)
-	}
-	slog.Info("stopped")
-	return nil
+	})
 }
 
 func (s *server) web() *http.Server {
@@ -482,23 +463,23 @@ func (s *server) web() *http.Server {
 // A request is one that the front has let in.
 type request struct {
 	*http.Request
-	id     string     // for the log, the audit log and the answer
-	addr   netip.Addr // of the client
-	form   url.Values // at the token endpoints
+	id     string      // for the log, the audit log and the answer
+	addr   netip.Addr  // of the client
+	out    http.Header // of the answer
+	form   url.Values  // at the token endpoints
 	caller caller
 }
 
-// A handler has written an answer or returns an error, never both.
-type handler func(http.ResponseWriter, *request) error
-
 // A route is what can be called, by whom, and how. Who identifies the caller,
-// counts it for its limit, and refuses it where it must.
+// counts the request for its limit, and refuses it where it must. Handle
+// returns what to answer, or an error.
 type route struct {
 	pattern string
-	who     handler
-	handle  handler
+	success int // status
+	who     func(*request) error
+	handle  func(*request) (any, error)
 	form    envelope
-	records action // that a refusal of it is recorded as; "" where it changes nothing
+	records string // the action that a refusal of it is recorded as; "" where it changes nothing
 }
 
 type envelope bool
@@ -511,89 +492,80 @@ const (
 // routes is the whole attack surface: what can be called, by whom.
 func (s *server) routes() []route {
 	return []route{
-		{"POST /api/v1/agents", s.bearer(agentsWrite), s.createAgent, rest, agentCreated},
-		{"GET /api/v1/agents", s.bearer(agentsRead), s.listAgents, rest, ""},
-		{"GET /api/v1/agents/{agentId}", s.bearerOrSelf(agentsRead, ""), s.getAgent, rest, ""},
-		{"PATCH /api/v1/agents/{agentId}", s.bearer(agentsWrite), s.updateAgent, rest, agentUpdated},
-		{"DELETE /api/v1/agents/{agentId}", s.bearer(agentsWrite), s.decommissionAgent, rest, agentDecommissioned},
+		{"POST /api/v1/agents", 201, s.bearer(agentsWrite), s.createAgent, rest, agentCreated},
+		{"GET /api/v1/agents", 200, s.bearer(agentsRead), s.listAgents, rest, ""},
+		{"GET /api/v1/agents/{agentId}", 200, s.bearer(agentsRead, ""), s.getAgent, rest, ""},
+		{"PATCH /api/v1/agents/{agentId}", 200, s.bearer(agentsWrite), s.updateAgent, rest, agentUpdated},
+		{"DELETE /api/v1/agents/{agentId}", 204, s.bearer(agentsWrite), s.decommissionAgent, rest, agentDecommissioned},
 
-		{"POST /api/v1/agents/{agentId}/credentials", s.bearerOrSelf(agentsWrite, credentialsWrite), s.createCredential, rest, credentialGenerated},
-		{"GET /api/v1/agents/{agentId}/credentials", s.bearerOrSelf(agentsWrite, credentialsWrite), s.listCredentials, rest, ""},
-		{"POST /api/v1/agents/{agentId}/credentials/{credentialId}/rotate", s.bearerOrSelf(agentsWrite, credentialsWrite), s.rotateCredential, rest, credentialRotated},
-		{"DELETE /api/v1/agents/{agentId}/credentials/{credentialId}", s.bearerOrSelf(agentsWrite, credentialsWrite), s.revokeCredential, rest, credentialRevoked},
+		{"POST /api/v1/agents/{agentId}/credentials", 201, s.bearer(agentsWrite, credentialsWrite), s.createCredential, rest, credentialGenerated},
+		{"GET /api/v1/agents/{agentId}/credentials", 200, s.bearer(agentsWrite, credentialsWrite), s.listCredentials, rest, ""},
+		{"POST /api/v1/agents/{agentId}/credentials/{credentialId}/rotate", 200, s.bearer(agentsWrite, credentialsWrite), s.rotateCredential, rest, credentialRotated},
+		{"DELETE /api/v1/agents/{agentId}/credentials/{credentialId}", 204, s.bearer(agentsWrite, credentialsWrite), s.revokeCredential, rest, credentialRevoked},
 
-		{"POST /api/v1/token", s.client, s.issueToken, oauth, tokenIssued},
-		{"POST /api/v1/token/introspect", s.bearerOrClient(tokensRead), s.introspectToken, oauth, tokenIntrospected},
-		{"POST /api/v1/token/revoke", s.bearerOrClient(""), s.revokeToken, oauth, tokenRevoked},
-		{"GET /api/v1/authorize", public, refuseAuthorization, oauth, ""},
+		{"POST /api/v1/token", 200, s.client, s.issueToken, oauth, tokenIssued},
+		{"POST /api/v1/token/introspect", 200, s.bearerOrClient(tokensRead), s.introspectToken, oauth, tokenIntrospected},
+		{"POST /api/v1/token/revoke", 200, s.bearerOrClient(""), s.revokeToken, oauth, tokenRevoked},
+		{"GET /api/v1/authorize", 200, public, refuse(errNoRedirect), oauth, ""},
 
-		{"GET /api/v1/audit", s.bearer(auditRead), s.listEvents, rest, ""},
-		{"GET /api/v1/audit/verify", s.bearer(auditRead), s.verifyEvents, rest, ""},
-		{"GET /api/v1/audit/{eventId}", s.bearer(auditRead), s.getEvent, rest, ""},
+		{"GET /api/v1/audit", 200, s.bearer(auditRead), s.listEvents, rest, ""},
+		{"GET /api/v1/audit/verify", 200, s.bearer(auditRead), s.verifyEvents, rest, ""},
+		{"GET /api/v1/audit/{eventId}", 200, s.bearer(auditRead), s.getEvent, rest, ""},
 
-		{"GET /.well-known/jwks.json", public, s.showKeys, rest, ""},
-		{"GET /.well-known/oauth-authorization-server", public, s.showMetadata, rest, ""},
-		{"GET /health", public, s.showHealth, rest, ""},
-		{"GET /livez", public, s.showLife, rest, ""},
-		{"GET /readyz", public, s.showHealth, rest, ""},
+		{"GET /.well-known/jwks.json", 200, public, s.showKeys, rest, ""},
+		{"GET /.well-known/oauth-authorization-server", 200, public, s.showMetadata, rest, ""},
+		{"GET /health", 200, public, s.showHealth, rest, ""},
+		{"GET /livez", 200, public, showLife, rest, ""},
+		{"GET /readyz", 200, public, s.showHealth, rest, ""},
 	}
 }
 
-func public(http.ResponseWriter, *request) error { return nil }
+func public(*request) error { return nil }
 
-// bearer lets in who has a token that carries scope.
-func (s *server) bearer(scope string) handler {
-	return func(w http.ResponseWriter, r *request) error {
-		if err := s.identify(w, r); err != nil {
-			return err
-		}
-		return r.caller.need(scope)
-	}
+func refuse(p *problem) func(*request) (any, error) {
+	return func(*request) (any, error) { return nil, p }
 }
 
-// bearerOrSelf lets in who has a token that carries scope, and the agent of
-// the path, whose token must carry own where that isn't empty.
-func (s *server) bearerOrSelf(scope, own string) handler {
-	return func(w http.ResponseWriter, r *request) error {
-		if err := s.identify(w, r); err != nil {
+// bearer lets in who has a token that carries scope; and the agent of the path
+// itself if its token carries one of own, where "" is always there.
+func (s *server) bearer(scope string, own ...string) func(*request) error {
+	return func(r *request) error {
+		if err := s.identify(r); err != nil {
 			return err
 		}
-		if r.caller.agentID == r.PathValue("agentId") && (own == "" || r.caller.has(own)) {
+		if r.caller.agentID == r.PathValue("agentId") && slices.ContainsFunc(own, r.caller.has) {
 			return nil
 		}
 		return r.caller.need(scope)
 	}
 }
 
-// client lets in who authenticates as a client, within the limit that the
-// handler counts together with the quota.
-func (s *server) client(w http.ResponseWriter, r *request) error {
+// client lets in who authenticates as a client. Its request is counted by the
+// handler, together with the quota.
+func (s *server) client(r *request) error {
 	if err := r.parseForm(); err != nil {
 		return err
 	}
-	if err := r.oneAuthorization(); err != nil {
-		return err
-	}
-	return s.authenticateClient(w, r)
+	return s.authenticateClient(r)
 }
 
-// bearerOrClient lets in who has a token, or authenticates as a client. A
-// scope that isn't empty must be carried by the token, or held by the agent.
-func (s *server) bearerOrClient(scope string) handler {
-	return func(w http.ResponseWriter, r *request) error {
-		if err := r.parseForm(); err != nil {
-			return err
+// bearerOrClient lets in who has a token that carries scope, and who
+// authenticates as a client that holds it; "" is always there.
+func (s *server) bearerOrClient(scope string) func(*request) error {
+	return func(r *request) error {
+		err := r.parseForm()
+		switch {
+		case err != nil:
+		case !r.presents("Bearer"):
+			if err = s.authenticateClient(r); err == nil {
+				_, err = s.spend(r, "")
+			}
+		case r.form.Get("client_secret") != "":
+			err = errTwoMethods
+		default:
+			err = s.identify(r)
 		}
-		if !r.presents("Bearer") {
-			if err := s.client(w, r); err != nil {
-				return err
-			}
-			if _, err := s.spend(w, r, ""); err != nil {
-				return err
-			}
-		} else if r.form.Get("client_secret") != "" {
-			return errTwoMethods
-		} else if err := s.identify(w, r); err != nil {
+		if err != nil {
 			return err
 		}
 		return r.caller.need(scope)
@@ -602,7 +574,7 @@ func (s *server) bearerOrClient(scope string) handler {
 
 // need refuses a caller that lacks a scope.
 func (c caller) need(scope string) error {
-	if scope == "" || c.has(scope) {
+	if c.has(scope) {
 		return nil
 	}
 	p := errForbidden.because("This needs the scope " + scope + ".")
@@ -616,50 +588,44 @@ func (r *request) presents(scheme string) bool {
 	return strings.EqualFold(have, scheme)
 }
 
-func (r *request) oneAuthorization() error {
-	if len(r.Header.Values("Authorization")) > 1 {
-		return errTwoMethods
-	}
-	return nil
-}
-
 var (
 	requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 	pathPattern      = regexp.MustCompile(`^[A-Za-z0-9/._-]+$`) // of every route, and of every id
 )
 
 // front stands before the mux. Only a clean path reaches that, or it would
-// redirect, and a client would send its secret twice.
+// redirect, and a client would send its secret twice. What the mux would say
+// itself is said in our form.
 func (s *server) front() http.Handler {
 	mux := http.NewServeMux()
 	for _, rt := range s.routes() {
 		mux.HandleFunc(rt.pattern, func(w http.ResponseWriter, r *http.Request) { s.answer(rt, w, r) })
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		p := r.URL.EscapedPath()
-		missing := route{pattern: "none", who: public, form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
-		missing.handle = func(http.ResponseWriter, *request) error { return errNotFound }
+		p, refusal := r.URL.EscapedPath(), headerOnly{}
+		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
 		if !pathPattern.MatchString(p) || path.Clean(p) != p {
-			s.answer(missing, w, r)
+			s.answer(none, w, r)
+		} else if s.allowOrigin(w, r) {
 			return
-		}
-		if s.allowOrigin(w, r) {
-			return
-		}
-		found, pattern := mux.Handler(r)
-		if pattern != "" {
+		} else if own, pattern := mux.Handler(r); pattern != "" {
 			mux.ServeHTTP(w, r)
-			return
+		} else {
+			if own.ServeHTTP(refusal, r); refusal["Allow"] != nil {
+				w.Header()["Allow"] = refusal["Allow"]
+				none.handle = refuse(errMethod)
+			}
+			s.answer(none, w, r)
 		}
-		refusal := &headerOnly{header: http.Header{}}
-		found.ServeHTTP(refusal, r)
-		if refusal.status == http.StatusMethodNotAllowed {
-			w.Header().Set("Allow", refusal.header.Get("Allow"))
-			missing.handle = func(http.ResponseWriter, *request) error { return errMethod }
-		}
-		s.answer(missing, w, r)
 	})
 }
+
+// headerOnly takes of an answer what we keep of it.
+type headerOnly http.Header
+
+func (h headerOnly) Header() http.Header         { return http.Header(h) }
+func (h headerOnly) WriteHeader(int)             {}
+func (h headerOnly) Write(b []byte) (int, error) { return len(b), nil }
 
 // allowOrigin tells a browser that pages of CORS_ORIGIN may call, and answers
 // its preflight (fetch.spec.whatwg.org, section 3.3).
@@ -684,63 +650,46 @@ func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (answered b
 	return true
 }
 
-// headerOnly takes from an answer of the mux what we say in our own form.
-type headerOnly struct {
-	header http.Header
-	status int
-}
-
-func (h *headerOnly) Header() http.Header         { return h.header }
-func (h *headerOnly) WriteHeader(status int)      { h.status = status }
-func (h *headerOnly) Write(b []byte) (int, error) { return len(b), nil }
-
-// statusWriter remembers the status for the log.
-type statusWriter struct {
-	http.ResponseWriter
-	status int
-}
-
-func (w *statusWriter) WriteHeader(status int) {
-	w.status = status
-	w.ResponseWriter.WriteHeader(status)
-}
-
 // answer takes a request along its route. What has begun is finished, also
 // when the client has gone: it may have been acknowledged to somebody else.
-func (s *server) answer(rt route, out http.ResponseWriter, in *http.Request) {
+func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 	begun := time.Now()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(in.Context()), requestTimeout)
 	defer cancel()
-	r := &request{Request: in.WithContext(ctx), id: in.Header.Get("X-Request-Id"), addr: clientAddress(in, s.cfg.trustedProxies)}
+	r := &request{Request: in.WithContext(ctx), id: in.Header.Get("X-Request-Id"), addr: clientAddress(in, s.cfg.trustedProxies), out: w.Header()}
 	if !requestIDPattern.MatchString(r.id) {
 		r.id = newID()
 	}
-	r.Body = http.MaxBytesReader(out, in.Body, maxBody)
-	w := &statusWriter{out, http.StatusOK}
-	h := w.Header()
-	h.Set("X-Request-Id", r.id)
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Cache-Control", "no-store")
+	r.Body = http.MaxBytesReader(w, in.Body, maxBody)
+	r.out.Set("X-Request-Id", r.id)
+	r.out.Set("X-Content-Type-Options", "nosniff")
+	r.out.Set("Cache-Control", "no-store")
 	if s.draining.Load() {
-		h.Set("Connection", "close")
+		r.out.Set("Connection", "close")
 	}
-	code := ""
+	body, err := s.handle(rt, r)
+	status, code := rt.success, ""
+	if err != nil {
+		status, code, body = s.fail(r, rt, err)
+	}
+	respond(w, status, body)
+	slog.Info("request", "method", in.Method, "route", rt.pattern, "status", status, "code", code,
+		"ms", float64(time.Since(begun).Microseconds())/1000, "requestId", r.id,
+		"clientId", r.caller.agentID, "ip", r.addr.String())
+}
+
+// handle returns the answer of a route, or why there is none.
+func (s *server) handle(rt route, r *request) (body any, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			slog.Error("panic", "requestId", r.id, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
-			code = s.fail(w, r, rt, errInternal)
+			err = errInternal
 		}
-		slog.Info("request", "method", in.Method, "route", rt.pattern, "status", w.status, "code", code,
-			"ms", float64(time.Since(begun).Microseconds())/1000, "requestId", r.id,
-			"clientId", r.caller.agentID, "ip", r.addr.String())
 	}()
-	err := rt.who(w, r)
-	if err == nil {
-		err = rt.handle(w, r)
+	if err = rt.who(r); err == nil {
+		body, err = rt.handle(r)
 	}
-	if err != nil {
-		code = s.fail(w, r, rt, s.recordRefusal(rt, r, err))
-	}
+	return body, s.recordRefusal(rt, r, err)
 }
 
 // recordRefusal records that an authenticated caller was refused a change.
@@ -822,45 +771,38 @@ var (
 	errAddressLimited = &problem{status: 429, code: "RATE_LIMIT_EXCEEDED", oauth: "temporarily_unavailable", message: "Too many failed authentications from this address; Retry-After says when to come back."}
 
 	errInternal    = &problem{status: 500, code: "INTERNAL_SERVER_ERROR", oauth: "server_error", message: "Something went wrong here."}
+	errStopping    = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "This copy is stopping; use another."}
 	errUnavailable = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "A store does not answer; nothing was acknowledged. Try again."}
 )
 
-// fail answers with a problem and returns its code. What is no problem came
+// fail returns the status, code and body for an error. What is no problem came
 // from a store: nothing else can fail here. It is logged and a 503.
-func (s *server) fail(w http.ResponseWriter, r *request, rt route, err error) string {
+func (s *server) fail(r *request, rt route, err error) (status int, code string, body any) {
 	p, ok := errors.AsType[*problem](err)
 	if !ok {
 		slog.Error("request failed", "requestId", r.id, "route", rt.pattern, "error", err)
 		p = errUnavailable
 	}
-	h := w.Header()
 	if p.status == http.StatusServiceUnavailable {
-		h.Set("Retry-After", "1")
+		r.out.Set("Retry-After", "1")
 	}
 	if p.status == http.StatusUnauthorized || p.scope != "" {
-		challenge(h, r, rt.form, p)
+		challenge(r, rt.form, p)
 	}
-	code, body := p.code, any(struct {
+	if rt.form == oauth {
+		return p.status, p.oauth, map[string]string{"error": p.oauth, "error_description": p.message}
+	}
+	return p.status, p.code, struct {
 		Code    string         `json:"code"`
 		Message string         `json:"message"`
 		Details map[string]any `json:"details,omitempty"`
-	}{p.code, p.message, p.details})
-	if rt.form == oauth {
-		code, body = p.oauth, struct {
-			Error       string `json:"error"`
-			Description string `json:"error_description"`
-		}{p.oauth, p.message}
-	}
-	if err := respond(w, p.status, body); err != nil {
-		slog.Error("encoding an error", "requestId", r.id, "error", err)
-	}
-	return code
+	}{p.code, p.message, p.details}
 }
 
 // challenge says how to authenticate: in the way that was tried (RFC 6749,
 // section 5.2), with the reason beside it (RFC 6750, section 3), which isn't
 // there where nothing was tried. A secret in the form has no challenge.
-func challenge(h http.Header, r *request, form envelope, p *problem) {
+func challenge(r *request, form envelope, p *problem) {
 	const realm = ` realm="agentidp"`
 	reason := `, error="` + p.oauth + `", error_description="` + p.message + `"`
 	if p.scope != "" {
@@ -868,29 +810,30 @@ func challenge(h http.Header, r *request, form envelope, p *problem) {
 	}
 	switch {
 	case r.presents("Bearer"):
-		h.Set("WWW-Authenticate", "Bearer"+realm+reason)
+		r.out.Set("WWW-Authenticate", "Bearer"+realm+reason)
 	case form == rest:
-		h.Set("WWW-Authenticate", "Bearer"+realm)
+		r.out.Set("WWW-Authenticate", "Bearer"+realm)
 	case r.Header.Get("Authorization") != "":
-		h.Set("WWW-Authenticate", "Basic"+realm+reason)
+		r.out.Set("WWW-Authenticate", "Basic"+realm+reason)
 	case r.form.Get("client_secret") == "":
-		h.Set("WWW-Authenticate", "Basic"+realm)
+		r.out.Set("WWW-Authenticate", "Basic"+realm)
 	}
 }
 
-// respond encodes to a buffer first, so that an answer is whole or an error.
-func respond(w http.ResponseWriter, status int, v any) error {
+// respond encodes before it writes, so that an answer is whole; nil is none.
+func respond(w http.ResponseWriter, status int, body any) {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)
-	if err := enc.Encode(v); err != nil {
-		return fmt.Errorf("encoding an answer: %w", err)
+	if body != nil {
+		if err := enc.Encode(body); err != nil {
+			panic(err) // a type of ours that has no JSON
+		}
+		w.Header().Set("Content-Type", "application/json")
+		w.Header().Set("Content-Length", strconv.Itoa(b.Len()))
 	}
-	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Content-Length", strconv.Itoa(b.Len()))
 	w.WriteHeader(status)
 	w.Write(b.Bytes()) // an error means that the client has gone
-	return nil
 }
 
 // faults say for each field what is wrong with it.
@@ -918,9 +861,9 @@ func bodyProblem(err error) error {
 
 // decode reads a body: one JSON object with the names of T, each once and
 // spelled as T spells it, none null, in valid UTF-8 without NUL, and nothing
-// after it. It reports every fault at once.
-func decode[T interface{ check(faults) }](r *request) (T, error) {
-	var q T
+// after it. It reports every fault at once. All fields of T must be pointers
+// with omitempty.
+func decode[T interface{ check(faults) }](r *request) (q T, err error) {
 	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 		return q, errMediaType
 	}
@@ -928,33 +871,30 @@ func decode[T interface{ check(faults) }](r *request) (T, error) {
 	if err != nil {
 		return q, bodyProblem(err)
 	}
-	allowed := map[string]json.RawMessage{}
-	if names, err := json.Marshal(q); err != nil || json.Unmarshal(names, &allowed) != nil {
-		return q, fmt.Errorf("listing the names of a request: %w", err)
-	}
 	fields, ok := splitObject(body)
 	if !ok {
 		return q, errValidation.because("The body must be one JSON object in UTF-8, without repeated names, and nothing after it.")
 	}
-	bad := faults{}
+	bad, known := faults{}, faults{}
 	for name, value := range fields {
-		switch _, known := allowed[name]; {
-		case !known:
-			bad[clip(name)] = "is not a field of this request"
-		case string(value) == "null":
-			bad[name] = "must not be null"
+		var alone T
+		err := json.Unmarshal([]byte(`{"`+name+`":`+string(value)+`}`), &alone)
+		again, _ := json.Marshal(alone)
+		switch {
+		case err != nil:
+			bad[clip(name)] = "is of the wrong type"
+		case !bytes.HasPrefix(again, []byte(`{"`+name+`":`)): // or Go took it for another name
+			bad[clip(name)] = "is null, or not a field of this request"
 		case bytes.Contains(value, []byte(`\u0000`)):
 			bad[name] = "must not contain NUL"
-		default:
-			if err := json.Unmarshal([]byte(`{"`+name+`":`+string(value)+`}`), &q); err != nil {
-				bad[name] = "is of the wrong type"
-			}
 		}
 	}
-	checked := faults{}
-	q.check(checked)
-	for name, fault := range checked { // the first fault of a field says more
-		if _, have := bad[name]; !have && (name != "body" || len(fields) == 0) {
+	if err := json.Unmarshal(body, &q); err != nil && len(bad) == 0 {
+		return q, errValidation
+	}
+	q.check(known)
+	for name, fault := range known {
+		if bad[name] == nil { // else the first one says more
 			bad[name] = fault
 		}
 	}
@@ -990,53 +930,48 @@ func splitObject(body []byte) (map[string]json.RawMessage, bool) {
 
 const countedTo = 10_000 // rows of a list; beyond, counting costs more than it tells
 
-// A query is that of a list, checked.
+// A query is that of a list, checked: its filters, those not asked for null.
 type query struct {
-	values      map[string]*string // nil where it is not asked for
+	values      map[string]*string
 	page, limit int
 }
 
-func (q query) offset() int { return (q.page - 1) * q.limit }
-
 // parseQuery reads the parameters of these names, each at most once.
-func parseQuery(r *request, names ...string) (query, error) {
+func parseQuery(r *request, bad faults, names ...string) query {
 	q := query{values: map[string]*string{}, page: 1, limit: 20}
 	values, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return q, errValidation.because("The query has a bad escape, or a ';'.")
+		bad["query"] = "has a bad escape, or a ';'"
 	}
-	bad := faults{}
 	for name, list := range values {
 		switch {
 		case !slices.Contains(names, name):
-			sort.Strings(names)
 			bad[clip(name)] = "is not a parameter here; there are " + strings.Join(names, ", ")
-		case len(list) > 1:
-			bad[name] = "must be there once"
-		case !utf8.ValidString(list[0]) || strings.Contains(list[0], "\x00"):
-			bad[name] = "must be UTF-8 without NUL"
+		case len(list) > 1 || !utf8.ValidString(list[0]) || strings.Contains(list[0], "\x00"):
+			bad[name] = "must be there once, in UTF-8 without NUL"
 		default:
 			q.values[name] = &list[0]
 		}
 	}
-	bad.number("page", q.values["page"], countedTo, &q.page)
-	bad.number("limit", q.values["limit"], 100, &q.limit)
-	if len(bad) == 0 && q.page*q.limit > countedTo {
+	q.page = int(bad.number("page", q.values["page"], 1, countedTo))
+	q.limit = int(bad.number("limit", q.values["limit"], 20, 100))
+	if q.page*q.limit > countedTo {
 		bad["page"] = "goes beyond the 10,000th row; read on by cursor where there is one, or ask for less"
 	}
-	return q, bad.problem()
+	return q
 }
 
-func (bad faults) number(name string, value *string, most int, n *int) {
+// number reads a whole number from 1 to most; absent, it is preset.
+func (bad faults) number(name string, value *string, preset, most int64) int64 {
 	if value == nil {
-		return
+		return preset
 	}
-	v, err := strconv.Atoi(*value)
-	if err != nil || v < 1 || v > most || strconv.Itoa(v) != *value {
-		bad[name] = "must be a whole number from 1 to " + strconv.Itoa(most)
-		return
+	n, err := strconv.ParseInt(*value, 10, 64)
+	if err != nil || n < 1 || n > most || strconv.FormatInt(n, 10) != *value {
+		bad[name] = fmt.Sprintf("must be a whole number from 1 to %d", most)
+		return preset
 	}
-	*n = v
+	return n
 }
 
 // A page of a list.
@@ -1048,27 +983,25 @@ type page[T any] struct {
 	Limit  int  `json:"limit"`
 }
 
-func newPage[T any](q query, data []T, total int) page[T] {
-	if data == nil {
-		data = []T{}
+// list returns a page of the rows of a query, and whether there are more. Args
+// name its arguments. It is planned for just these: a plan for any filters
+// would fit none. Tail orders it and is not counted.
+func list[T any](ctx context.Context, db querier, q query, args pgx.NamedArgs, columns, from, tail string) (page[T], bool, error) {
+	p := page[T]{Page: q.page, Limit: q.limit}
+	args["limit"], args["offset"], args["counted"] = q.limit+1, (q.page-1)*q.limit, countedTo+1
+	rows, _ := db.Query(ctx, `select `+columns+from+tail+` limit @limit offset @offset`, pgx.QueryExecModeExec, args)
+	var err error
+	if p.Data, err = pgx.CollectRows(rows, pgx.RowToStructByName[T]); err != nil {
+		return p, false, fmt.Errorf("listing: %w", err)
 	}
-	return page[T]{data, min(total, countedTo), total > countedTo, q.page, q.limit}
-}
-
-// count counts the rows of a query that begins with its from, to one more than
-// countedTo.
-func (s *server) count(ctx context.Context, from string, args ...any) (n int, err error) {
-	err = s.db.QueryRow(ctx, `select count(*) from (select 1 `+from+` limit 10001) as counted`, plannedOnce(args)...).Scan(&n)
+	err = db.QueryRow(ctx, `select count(*) from (select 1 `+from+` limit @counted) as counted`, pgx.QueryExecModeExec, args).Scan(&p.Total)
 	if err != nil {
-		return 0, fmt.Errorf("counting: %w", err)
+		return p, false, fmt.Errorf("counting: %w", err)
 	}
-	return n, nil
-}
-
-// plannedOnce has a query planned for just these arguments: a plan that fits
-// all filters fits none.
-func plannedOnce(args []any, more ...any) []any {
-	return slices.Concat([]any{pgx.QueryExecModeExec}, args, more)
+	p.Capped, p.Total = p.Total > countedTo, min(p.Total, countedTo)
+	more := len(p.Data) > q.limit
+	p.Data = p.Data[:min(len(p.Data), q.limit)]
+	return p, more, nil
 }
 
 // A change is a transaction that changes something.
@@ -1140,54 +1073,49 @@ func clip(s string) string {
 	}, s[:min(len(s), 100)])
 }
 
-func (s *server) showLife(w http.ResponseWriter, _ *request) error {
-	return respond(w, http.StatusOK, health{Status: "ok", Version: version()})
-}
-
-type health struct {
-	Status   string            `json:"status"`
-	Version  string            `json:"version"`
-	Services map[string]string `json:"services,omitempty"`
+// showLife says that the process runs, whatever the stores do.
+func showLife(*request) (any, error) {
+	return map[string]string{"status": "ok", "version": version()}, nil
 }
 
 // showHealth tells what the keeper has found within the last seconds, so that
 // asking costs nothing.
-func (s *server) showHealth(w http.ResponseWriter, _ *request) error {
+func (s *server) showHealth(r *request) (any, error) {
 	word := map[bool]string{true: "up", false: "down"}
-	postgres, redis := s.postgresUp.Load(), s.redisUp.Load()
-	h := health{"ok", version(), map[string]string{"postgres": word[postgres], "redis": word[redis]}}
-	status := http.StatusOK
+	h := map[string]any{"status": "ok", "version": version(), "services": map[string]string{
+		"postgres": word[s.postgresUp.Load()], "redis": word[s.redisUp.Load()],
+	}}
 	switch {
 	case s.draining.Load():
-		h.Status, status = "stopping", http.StatusServiceUnavailable
-	case !postgres:
-		h.Status, status = "unavailable", http.StatusServiceUnavailable
-	case !redis:
-		h.Status = "degraded"
+		return nil, errStopping.with(h)
+	case !s.postgresUp.Load():
+		return nil, errUnavailable.with(h)
+	case !s.redisUp.Load():
+		h["status"] = "degraded"
 	}
-	return respond(w, status, h)
+	return h, nil
 }
 
 // showKeys is RFC 7517. A key has to be published for as long as this answer
 // may be cached before it signs.
-func (s *server) showKeys(w http.ResponseWriter, _ *request) error {
-	w.Header().Set("Cache-Control", "public, max-age=300")
-	return respond(w, http.StatusOK, map[string]any{"keys": s.keys.jwks()})
+func (s *server) showKeys(r *request) (any, error) {
+	r.out.Set("Cache-Control", "public, max-age=300")
+	return map[string]any{"keys": s.keys.jwks()}, nil
 }
 
 // showMetadata is RFC 8414. Response types, challenge methods and the
 // authorization endpoint, which refuses, are there for client libraries that
 // don't accept a server without.
-func (s *server) showMetadata(w http.ResponseWriter, _ *request) error {
-	w.Header().Set("Cache-Control", "public, max-age=300")
-	secret := []string{"client_secret_basic", "client_secret_post"}
-	return respond(w, http.StatusOK, map[string]any{
-		"issuer":                                        s.cfg.issuer,
-		"authorization_endpoint":                        s.cfg.issuer + "/api/v1/authorize",
-		"token_endpoint":                                s.cfg.issuer + "/api/v1/token",
-		"introspection_endpoint":                        s.cfg.issuer + "/api/v1/token/introspect",
-		"revocation_endpoint":                           s.cfg.issuer + "/api/v1/token/revoke",
-		"jwks_uri":                                      s.cfg.issuer + "/.well-known/jwks.json",
+func (s *server) showMetadata(r *request) (any, error) {
+	r.out.Set("Cache-Control", "public, max-age=300")
+	issuer, secret := s.cfg.issuer, []string{"client_secret_basic", "client_secret_post"}
+	return map[string]any{
+		"issuer":                                        issuer,
+		"authorization_endpoint":                        issuer + "/api/v1/authorize",
+		"token_endpoint":                                issuer + "/api/v1/token",
+		"introspection_endpoint":                        issuer + "/api/v1/token/introspect",
+		"revocation_endpoint":                           issuer + "/api/v1/token/revoke",
+		"jwks_uri":                                      issuer + "/.well-known/jwks.json",
 		"grant_types_supported":                         []string{"client_credentials"},
 		"response_types_supported":                      []string{"none"},
 		"code_challenge_methods_supported":              []string{"S256"},
@@ -1195,7 +1123,5 @@ func (s *server) showMetadata(w http.ResponseWriter, _ *request) error {
 		"token_endpoint_auth_methods_supported":         secret,
 		"introspection_endpoint_auth_methods_supported": secret,
 		"revocation_endpoint_auth_methods_supported":    secret,
-	})
+	}, nil
 }
-
-func refuseAuthorization(http.ResponseWriter, *request) error { return errNoRedirect }

@@ -202,16 +202,13 @@ func (v *service) start() {
 	if v.s, err = open(context.Background(), cfg); err != nil {
 		v.t.Fatal(err)
 	}
-	ctx, stop := context.WithCancel(context.Background())
-	kept := make(chan struct{})
-	go func() { defer close(kept); v.s.keep(ctx) }()
+	stop := v.s.startKeeper()
 	web := v.s.web()
 	go web.Serve(listener)
 	s := v.s
 	v.t.Cleanup(func() {
 		web.Close()
 		stop()
-		<-kept
 		s.close()
 	})
 	v.eventually("redis is warm", func() bool { return v.s.redisUp.Load() && v.s.postgresUp.Load() })

@@ -58,6 +58,7 @@ create table if not exists token_revocations (
     expires_at timestamptz not null
 );
 create index if not exists token_revocations_to_send on token_revocations (revision) where not in_redis;
+create unique index if not exists token_revocations_revision_key on token_revocations (revision);
 create index if not exists token_revocations_expires_at on token_revocations (expires_at);
 
 -- The audit log: one gapless chain of hashes over all partitions (audit.go

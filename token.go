@@ -7,7 +7,6 @@ import (
 	"io"
 	"log/slog"
 	"mime"
-	"net/http"
 	"net/url"
 	"regexp"
 	"slices"
@@ -53,7 +52,7 @@ func (r *request) parseForm() error {
 
 // identify finds out who sent a bearer token (RFC 6750, section 2.1), that it
 // is for this service, not revoked, and within its client's limit.
-func (s *server) identify(w http.ResponseWriter, r *request) error {
+func (s *server) identify(r *request) error {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
 		return errNoToken
@@ -75,7 +74,7 @@ func (s *server) identify(w http.ResponseWriter, r *request) error {
 			v, _ = s.admit(r.Context(), c.Subject, nil, "", 0)
 		}
 	}
-	v.setHeaders(w.Header())
+	v.setHeaders(r.out)
 	switch v.state {
 	case "revoked":
 		return errInvalidToken
@@ -89,18 +88,18 @@ func (s *server) identify(w http.ResponseWriter, r *request) error {
 }
 
 // issueToken is the client credentials grant (RFC 6749, section 4.4).
-func (s *server) issueToken(w http.ResponseWriter, r *request) error {
+func (s *server) issueToken(r *request) (any, error) {
 	scope, audience, bad := s.checkGrant(r)
 	month := monthKey(r.caller.agentID, time.Now())
 	if bad != nil || s.cfg.monthlyTokenLimit == 0 {
 		month = "" // spends nothing of the quota
 	}
-	counted, err := s.spend(w, r, month)
+	counted, err := s.spend(r, month)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if bad != nil {
-		return bad
+		return nil, bad
 	}
 	now := time.Now()
 	expires := now.Add(s.cfg.tokenTTL).Unix()
@@ -122,16 +121,11 @@ func (s *server) issueToken(w http.ResponseWriter, r *request) error {
 		if counted {
 			s.redis.giveBack(r.Context(), month)
 		}
-		return errors.Join(storeErr, err)
+		return nil, errors.Join(storeErr, err)
 	}
-	return respond(w, http.StatusOK, tokenResponse{token, "Bearer", expires - now.Unix(), scope})
-}
-
-type tokenResponse struct {
-	AccessToken string `json:"access_token"`
-	TokenType   string `json:"token_type"`
-	ExpiresIn   int64  `json:"expires_in"` // seconds
-	Scope       string `json:"scope"`
+	return map[string]any{
+		"access_token": token, "token_type": "Bearer", "expires_in": expires - now.Unix(), "scope": scope,
+	}, nil
 }
 
 // checkGrant decides what the token is to carry.
@@ -199,7 +193,7 @@ func grantAudience(resources []string, issuer string) (audience, error) {
 // spend counts the request for its client's limit, and where month isn't empty
 // for its quota; counted says whether the latter has to be given back if
 // nothing comes of it. A quota that Redis has lost is counted anew.
-func (s *server) spend(w http.ResponseWriter, r *request, month string) (counted bool, err error) {
+func (s *server) spend(r *request, month string) (counted bool, err error) {
 	v, redisErr := s.admit(r.Context(), r.caller.agentID, nil, month, -1)
 	if v.state == "uncounted" {
 		var n int64
@@ -213,7 +207,7 @@ func (s *server) spend(w http.ResponseWriter, r *request, month string) (counted
 		}
 		v, redisErr = s.admit(r.Context(), r.caller.agentID, nil, month, n)
 	}
-	v.setHeaders(w.Header())
+	v.setHeaders(r.out)
 	switch v.state {
 	case "limited":
 		return false, errRateLimited
@@ -226,17 +220,17 @@ func (s *server) spend(w http.ResponseWriter, r *request, month string) (counted
 
 // introspectToken is RFC 7662. Whatever is wrong with a token, the answer is
 // the same.
-func (s *server) introspectToken(w http.ResponseWriter, r *request) error {
+func (s *server) introspectToken(r *request) (any, error) {
 	token := r.form.Get("token")
 	if token == "" {
-		return errForm.because("The parameter token is missing.")
+		return nil, errForm.because("The parameter token is missing.")
 	}
 	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
 	active := err == nil
 	if active {
 		revoked, err := s.isRevoked(r.Context(), c.revocationIDs())
 		if err != nil {
-			return err
+			return nil, err
 		}
 		active = !revoked
 	}
@@ -245,43 +239,39 @@ func (s *server) introspectToken(w http.ResponseWriter, r *request) error {
 		f["jti"] = c.ID
 	}
 	if err := s.record(r, newEvent(tokenIntrospected, c.Subject, f))(); err != nil {
-		return err
+		return nil, err
 	}
 	if !active {
-		return respond(w, http.StatusOK, map[string]bool{"active": false})
+		return map[string]bool{"active": false}, nil
 	}
-	return respond(w, http.StatusOK, struct {
+	return struct {
 		Active    bool   `json:"active"`
 		TokenType string `json:"token_type"`
 		claims
-	}{true, "Bearer", c})
+	}{true, "Bearer", c}, nil
 }
 
 // revokeToken is RFC 7009. A token that is not valid any more needs nothing.
-func (s *server) revokeToken(w http.ResponseWriter, r *request) error {
+func (s *server) revokeToken(r *request) (any, error) {
 	token := r.form.Get("token")
 	if token == "" {
-		return errForm.because("The parameter token is missing.")
+		return nil, errForm.because("The parameter token is missing.")
 	}
 	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
 	if err != nil {
-		return respond(w, http.StatusOK, struct{}{})
+		return struct{}{}, nil
 	}
 	e := newEvent(tokenRevoked, c.Subject, facts{"jti": c.ID})
 	if c.Subject != r.caller.agentID && !r.caller.has(agentsWrite) {
-		return s.refused(r, e, errForm.because("This token was issued to another client."))
+		return nil, s.refused(r, e, errForm.because("This token was issued to another client."))
 	}
-	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
+	return struct{}{}, s.change(r, func(ctx context.Context, tx *change) (event, error) {
 		fresh, err := tx.revoke(ctx, "token", c.ID, time.Unix(c.Expires, 0))
 		if !fresh {
 			return event{}, err // revoked before: nothing happens that would be an event
 		}
 		return e, err
 	})
-	if err != nil {
-		return err
-	}
-	return respond(w, http.StatusOK, struct{}{})
 }
 
 // Revocation. A revocation is a row in token_revocations, under the id that
@@ -337,17 +327,15 @@ func (tx *change) revoke(ctx context.Context, kind, id string, expires time.Time
 
 // lift is part of a change: what was revoked counts again.
 func (tx *change) lift(ctx context.Context, id string) error {
-	rows, _ := tx.Query(ctx, `
+	r, err := one[revocation](ctx, tx, nil, "lifting a revocation", `
 		update token_revocations
 		set lifted = true, in_redis = false, revision = default
 		where id = $1
 		returning `+revocationColumns, id)
-	lifted, err := pgx.CollectRows(rows, pgx.RowToStructByName[revocation])
-	if err != nil {
-		return fmt.Errorf("lifting a revocation: %w", err)
+	if err == nil && r.ID != "" { // else it has expired
+		tx.revocations = append(tx.revocations, r)
 	}
-	tx.revocations = append(tx.revocations, lifted...)
-	return nil
+	return err
 }
 
 // isRevoked asks Redis, and PostgreSQL where Redis doesn't know.
@@ -400,28 +388,23 @@ func (s *server) publish(ctx context.Context, list []revocation) {
 	}
 }
 
-// leaseScript tells the time, and whether warmKey is this Redis process's.
+// leaseScript tells Redis's time, whether warmKey is this Redis process's, and
+// whether keys may be evicted. Where there is no warmKey it sets it to ARGV[1],
+// so that vouchScript can tell that nothing was lost since.
 var leaseScript = redis.NewScript(`
 local time = redis.call('TIME')
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
 local memory = redis.call('INFO', 'memory')
 local evicts = string.match(memory, '\nmaxmemory:(%d+)') ~= '0'
 	and string.match(memory, 'maxmemory_policy:(%w+)') ~= 'noeviction'
+redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', 60000)
 return {time[1] * 1000 + math.floor(time[2] / 1000), redis.call('GET', KEYS[1]) == run and 1 or 0, evicts and 1 or 0}`)
 
-// vouchScript renews warmKey until ARGV[1], or sets it anew if nothing was
-// lost since a warm-up began: then the key that it left is still there.
+// vouchScript sets warmKey until ARGV[2], if it still is what it was.
 var vouchScript = redis.NewScript(`
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-if redis.call('GET', KEYS[1]) == run or redis.call('GET', KEYS[2]) == run then
-	redis.call('SET', KEYS[1], run, 'PXAT', ARGV[1])
-	return {1}
-end
-return {0}`)
-
-// beginScript leaves a key by which vouchScript knows that nothing was lost.
-var beginScript = redis.NewScript(`
-redis.call('SET', KEYS[1], string.match(redis.call('INFO', 'server'), 'run_id:(%w+)'), 'PX', 60000)
+local warm = redis.call('GET', KEYS[1])
+if warm == run or warm == ARGV[1] then redis.call('SET', KEYS[1], run, 'PXAT', ARGV[2]) end
 return {}`)
 
 var errEvicts = errors.New("redis may evict keys: set maxmemory-policy to noeviction")
@@ -429,26 +412,24 @@ var errEvicts = errors.New("redis may evict keys: set maxmemory-policy to noevic
 // keepWarm copies to Redis what it lacks of token_revocations, and renews the
 // lease on its trust.
 func (s *server) keepWarm(ctx context.Context) error {
-	state, err := s.redis.run(ctx, leaseScript, []string{warmKey})
+	mine := "warming " + newID()
+	state, err := s.redis.run(ctx, leaseScript, []string{warmKey}, mine)
 	if err != nil {
 		return err
 	}
 	if state[2] == int64(1) {
 		return errEvicts
 	}
-	begun := "revoked:warming:" + newID()
 	if state[1] == int64(0) {
 		slog.Info("warming redis up")
-		if _, err := s.redis.run(ctx, beginScript, []string{begun}); err != nil {
-			return err
+		err := s.forgetQuotas(ctx)
+		if err == nil {
+			err = s.copyRevocations(ctx, true)
 		}
-		if err := s.forgetQuotas(ctx); err != nil {
-			return err
+		if err == nil { // from here on, what is missing is not in_redis
+			state, err = s.redis.run(ctx, leaseScript, []string{warmKey}, mine)
 		}
-		if err := s.copyRevocations(ctx, true); err != nil {
-			return err
-		}
-		if state, err = s.redis.run(ctx, leaseScript, []string{warmKey}); err != nil {
+		if err != nil {
 			return err
 		}
 	}
@@ -456,7 +437,7 @@ func (s *server) keepWarm(ctx context.Context) error {
 		return err
 	}
 	now, _ := state[0].(int64)
-	_, err = s.redis.run(ctx, vouchScript, []string{warmKey, begun}, now+lease.Milliseconds())
+	_, err = s.redis.run(ctx, vouchScript, []string{warmKey}, mine, now+lease.Milliseconds())
 	return err
 }
 
@@ -474,83 +455,71 @@ func (s *server) forgetQuotas(ctx context.Context) error {
 
 // copyRevocations copies all rows, or those that Redis may lack, in pieces.
 func (s *server) copyRevocations(ctx context.Context, all bool) error {
-	rows, _ := s.inner.Query(ctx, `
-		select `+revocationColumns+`
-		from token_revocations
-		where expires_at > now() and ($1::boolean or not in_redis)`, plannedOnce([]any{all})...)
-	defer rows.Close()
-	var piece []revocation
-	var lacked []int64
-	for more := true; more; {
-		if more = rows.Next(); more {
-			r, err := pgx.RowToStructByPos[revocation](rows)
-			if err != nil {
-				return fmt.Errorf("reading revocations: %w", err)
-			}
-			piece = append(piece, r)
-			if !all {
-				lacked = append(lacked, max(r.Revision, -r.Revision))
-			}
+	for last := int64(0); ; {
+		rows, _ := s.inner.Query(ctx, `
+			select `+revocationColumns+`
+			from token_revocations
+			where revision > $1 and expires_at > now() and ($2::boolean or not in_redis)
+			order by revision
+			limit 1000`, pgx.QueryExecModeExec, last, all)
+		piece, err := pgx.CollectRows(rows, pgx.RowToStructByPos[revocation])
+		if err != nil {
+			return fmt.Errorf("reading revocations: %w", err)
 		}
-		if len(piece) == 1000 || !more && len(piece) > 0 {
-			if err := s.redis.put(ctx, piece); err != nil {
-				return err
-			}
-			piece = piece[:0]
+		if len(piece) == 0 {
+			return nil
+		}
+		if err := s.redis.put(ctx, piece); err != nil {
+			return err
+		}
+		revisions := make([]int64, len(piece))
+		for i, r := range piece {
+			revisions[i] = max(r.Revision, -r.Revision)
+		}
+		last = slices.Max(revisions)
+		err = exec(ctx, s.inner, "noting what redis has", `
+			update token_revocations
+			set in_redis = true
+			where not in_redis and revision = any($1)`, revisions)
+		if err != nil {
+			return err
 		}
 	}
-	if err := rows.Err(); err != nil {
-		return fmt.Errorf("reading revocations: %w", err)
-	}
-	if len(lacked) == 0 {
-		return nil
-	}
-	_, err := s.inner.Exec(ctx, `
-		update token_revocations
-		set in_redis = true
-		where not in_redis and revision = any($1)`, lacked)
-	if err != nil {
-		return fmt.Errorf("noting what redis has: %w", err)
-	}
-	return nil
 }
 
-// sweep deletes the revocations that concern no token any more.
-func (s *server) sweep(ctx context.Context) error {
-	_, err := s.inner.Exec(ctx, `
-		delete from token_revocations
-		where expires_at < now() - interval '1 minute'`)
-	if err != nil {
-		return fmt.Errorf("deleting expired revocations: %w", err)
-	}
-	return nil
-}
-
-// keep is the keeper: until ctx ends, it watches over both stores. Whatever is
-// wrong is logged when it begins and tried again.
-func (s *server) keep(ctx context.Context) {
-	troubled := false
-	for beat := 0; ctx.Err() == nil; beat++ {
-		err := s.keepWell(ctx, beat)
-		if ctx.Err() == nil && (err != nil) != troubled {
-			troubled = err != nil
-			slog.Warn("stores", "well", !troubled, "error", err)
+// startKeeper starts what watches over both stores, and returns what stops it.
+// Whatever is wrong is logged when it begins, and tried again.
+func (s *server) startKeeper() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		troubled := false
+		for beat := 0; ctx.Err() == nil; beat++ {
+			err := s.keepWell(ctx, beat)
+			if (err != nil) != troubled && ctx.Err() == nil {
+				troubled = err != nil
+				slog.Warn("stores", "well", !troubled, "error", err)
+			}
+			select {
+			case <-ctx.Done():
+			case <-time.After(lease / 4):
+			}
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(lease / 4):
-		}
-	}
+	}()
+	return func() { cancel(); <-stopped }
 }
 
 func (s *server) keepWell(ctx context.Context, beat int) error {
 	ping, cancel := context.WithTimeout(ctx, storeTimeout)
 	err := s.inner.Ping(ping)
+	if err == nil && beat%120 == 0 {
+		err = exec(ping, s.inner, "deleting expired revocations", `
+			delete from token_revocations
+			where expires_at < now() - interval '1 minute'`)
+	}
 	cancel()
 	s.postgresUp.Store(err == nil)
-	if err == nil && beat%120 == 0 {
-		err = s.sweep(ctx)
-	}
 	if err == nil {
 		warm, cancel := context.WithTimeout(ctx, time.Minute)
 		err = s.keepWarm(warm)

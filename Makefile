@@ -1,0 +1,56 @@
+GO = go
+BENCH = .
+BENCHTIME = 2s
+FUZZTIME = 30s
+TESTFLAGS =
+
+# Recipes end in exec, so that a signal sent to make reaches the program itself. Should make be killed, the kernel
+# tells the program.
+tied = $(if $(shell command -v setpriv),setpriv --pdeathsig $(1) --)
+
+# The tests erase what they find, so they get no DATABASE_URL and REDIS_URL but those meant for tests.
+services = DATABASE_URL="$$TEST_DATABASE_URL" REDIS_URL="$$TEST_REDIS_URL"; export DATABASE_URL REDIS_URL; \
+	exec $(call tied,TERM) ./with-services.sh
+for_tests = sh -c 'export TEST_DATABASE_URL="$$DATABASE_URL" TEST_REDIS_URL="$$REDIS_URL"; \
+	unset DATABASE_URL REDIS_URL; exec "$$@"' sh
+
+# The go command doesn't pass a SIGTERM on to the test program, so that is tied to it.
+go_test = $(GO) test $(if $(shell command -v setpriv),-exec "$(call tied,KILL)")
+
+help: ## list these
+	@sed -n 's/^\([a-z]*\):[^#]*## /make \1	/p' Makefile | expand -t 14
+
+run: ## start everything on http://localhost:3000, and print a client and a curl line for a token
+	@exec $(call tied,TERM) ./dev.sh
+
+test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
+	@$(services) $(for_tests) $(go_test) -race -shuffle=on -timeout 10m $(TESTFLAGS) ./...
+
+bench: ## run the benchmarks, on servers that write to disk (BENCH=regexp BENCHTIME=2s)
+	@$(services) --durable $(for_tests) $(go_test) -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 30m \
+		$(TESTFLAGS) .
+
+fuzz: ## run each fuzz target for FUZZTIME=30s
+	@$(services) $(for_tests) sh -ec 'for f in $$($(GO) test -list ^Fuzz . | grep ^Fuzz); do \
+		$(call tied,TERM) $(go_test) -run ^- -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) .; done'
+
+cover: ## run all tests and say which functions they reach
+	@$(services) $(for_tests) $(go_test) -timeout 10m -coverprofile cover.out $(TESTFLAGS) ./...
+	@$(GO) tool cover -func cover.out
+
+lint: ## gofmt, go vet, staticcheck
+	@files=$$(gofmt -l .) && test -z "$$files" || { echo "gofmt would change: $$files" >&2; exit 1; }
+	@$(GO) vet ./...
+	@$(GO) tool -modfile=tools/go.mod staticcheck ./...
+
+vuln: ## ask the Go vulnerability database about what is used here
+	@$(GO) tool -modfile=tools/go.mod govulncheck ./...
+
+build: ## build ./agentidp
+	@CGO_ENABLED=0 $(GO) build -trimpath -o agentidp .
+
+# The race detector needs a C compiler.
+gcc:
+	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
+
+.PHONY: help run test bench fuzz cover lint vuln build gcc

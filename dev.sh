@@ -1,0 +1,93 @@
+#!/bin/sh
+# dev.sh: what 'make run' does. Everything it makes is kept in .run, which may be deleted to begin anew.
+set -eu
+cd "$(dirname "$0")"
+
+say() { echo "dev.sh: $*" >&2; }
+
+# pass_on copies the server's log, and prints the client once requests are accepted. It outlives Ctrl-C to copy the
+# last lines, and ends with the server.
+pass_on() {
+	trap '' HUP INT TERM
+	while IFS= read -r line; do
+		printf '%s\n' "$line" >&2
+		case $line in
+		*'"msg":"serving"'*)
+			[ ! -s "$client" ] || show_client
+			exec cat >&2
+			;;
+		esac
+	done
+}
+
+show_client() {
+	url=$(printf '%s\n' "$line" | sed -n 's/.*"url":"\([^"]*\)".*/\1/p')
+	user=$(sed -n 's/^client_id: //p' "$client"):$(sed -n 's/^client_secret: //p' "$client")
+	cat "$client"
+	echo "curl -s -u $user -d grant_type=client_credentials ${url:-http://localhost:${PORT:-3000}}/api/v1/token"
+}
+
+# serve runs inside with-services.sh and becomes the server.
+serve() {
+	client=$1
+	if [ ! -s "$client" ]; then
+		if .run/agentidp bootstrap first-agent@example.com >"$client.$$"; then
+			mv "$client.$$" "$client"
+		else
+			rm -f "$client.$$"
+			say "no client of this database is known here, so none is shown"
+		fi
+	fi
+	mkfifo ".run/log.$$"
+	pass_on <".run/log.$$" &
+	exec 2>".run/log.$$"
+	rm -f ".run/log.$$"
+	exec .run/agentidp
+}
+
+if [ "${1-}" = serve ]; then
+	serve "$2"
+fi
+
+mkdir -p -m 700 .run
+say "building .run/agentidp"
+go build -o ".run/agentidp.$$" .
+mv ".run/agentidp.$$" .run/agentidp # another copy may be running
+umask 077
+
+if [ -z "${DATABASE_URL-}" ] && [ -n "${DATABASE_URL_FILE-}" ]; then
+	DATABASE_URL=$(cat "$DATABASE_URL_FILE")
+	export DATABASE_URL
+	unset DATABASE_URL_FILE
+fi
+if [ -z "${REDIS_URL-}" ] && [ -n "${REDIS_URL_FILE-}" ]; then
+	REDIS_URL=$(cat "$REDIS_URL_FILE")
+	export REDIS_URL
+	unset REDIS_URL_FILE
+fi
+if [ -n "${DATABASE_URL-}" ]; then
+	say "using the PostgreSQL of DATABASE_URL"
+	client=.run/first-agent-$(printf %s "$DATABASE_URL" | cksum | cut -d' ' -f1)
+else
+	say "using a private PostgreSQL, kept in .run/data"
+	client=.run/first-agent
+	[ -e .run/data/services.lock ] || rm -f "$client" # its database was deleted
+fi
+if [ -n "${REDIS_URL-}" ]; then
+	say "using the Redis of REDIS_URL"
+else
+	say "using a private Redis, kept in .run/data"
+fi
+
+if [ -z "${JWT_PRIVATE_KEY-}${JWT_PRIVATE_KEY_FILE-}" ]; then
+	if [ ! -s .run/jwt.pem ]; then
+		say "making a development key, kept in .run/jwt.pem"
+		.run/agentidp keygen >".run/jwt.$$"
+		mv ".run/jwt.$$" .run/jwt.pem
+	fi
+	export JWT_PRIVATE_KEY_FILE="$PWD/.run/jwt.pem"
+fi
+
+export HOST="${HOST-127.0.0.1}"
+say "listening on ${HOST:-all addresses}, port ${PORT:-3000} (HOST and PORT change that). Ctrl-C stops everything."
+exec ./with-services.sh --keep .run/data ./dev.sh serve "$client"
