@@ -270,7 +270,7 @@ func (tx *change) applyStatus(ctx context.Context, old string, a agent) (did str
 		did = agentSuspended
 	default:
 		did = agentDecommissioned
-		err = exec(ctx, tx, "revoking an agent's credentials", revokeCredentials+`client_id = $1 and status = 'active'`, a.AgentID)
+		err = execSQL(ctx, tx, "revoking an agent's credentials", revokeCredentials+`client_id = $1 and status = 'active'`, a.AgentID)
 	}
 	if err == nil {
 		_, err = tx.revoke(ctx, "agent", a.AgentID, lastExpiry())
@@ -284,7 +284,7 @@ func (s *server) checkAgentLimit(ctx context.Context, tx pgx.Tx) error {
 	if s.cfg.maxAgents == 0 {
 		return nil
 	}
-	if err := exec(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
+	if err := execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
 		return err
 	}
 	var n int
@@ -345,7 +345,7 @@ func (s *server) bootstrap(ctx context.Context, email string, stdout io.Writer) 
 	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: newID()}
 	var a agent
 	err = s.change(operator, func(ctx context.Context, tx *change) (event, error) {
-		if err := exec(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
+		if err := execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
 			return event{}, err
 		}
 		var done bool

@@ -243,7 +243,7 @@ func (s *server) revokeCredential(r *request) (any, error) {
 			_, err = loadSecretID(ctx, tx, agentID, credentialID)
 		}
 		if err == nil {
-			err = exec(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
+			err = execSQL(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
 		}
 		if err == nil {
 			_, err = tx.revoke(ctx, "credential", credentialID, lastExpiry())

@@ -332,8 +332,8 @@ func one[T any](ctx context.Context, db querier, none error, doing, sql string, 
 	return v, nil
 }
 
-// exec runs a statement whose result doesn't matter.
-func exec(ctx context.Context, db querier, doing, sql string, args ...any) error {
+// execSQL runs a statement whose result doesn't matter.
+func execSQL(ctx context.Context, db querier, doing, sql string, args ...any) error {
 	if _, err := db.Exec(ctx, sql, args...); err != nil {
 		return fmt.Errorf("%s: %w", doing, err)
 	}

@@ -215,7 +215,7 @@ func (v *service) start() {
 }
 
 // newDatabase makes an empty database that is dropped when the test ends.
-func newDatabase(t *testing.T) string {
+func newDatabase(t testing.TB) string {
 	t.Helper()
 	ctx := context.Background()
 	conn, err := pgx.Connect(ctx, testDatabaseURL)
@@ -247,7 +247,7 @@ func newDatabase(t *testing.T) string {
 }
 
 // newRedis takes an empty Redis database until the test ends.
-func newRedis(t *testing.T) string {
+func newRedis(t testing.TB) string {
 	t.Helper()
 	n := <-redisDatabases
 	t.Cleanup(func() { redisDatabases <- n })

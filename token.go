@@ -477,7 +477,7 @@ func (s *server) copyRevocations(ctx context.Context, all bool) error {
 			revisions[i] = max(r.Revision, -r.Revision)
 		}
 		last = slices.Max(revisions)
-		err = exec(ctx, s.inner, "noting what redis has", `
+		err = execSQL(ctx, s.inner, "noting what redis has", `
 			update token_revocations
 			set in_redis = true
 			where not in_redis and revision = any($1)`, revisions)
@@ -514,7 +514,7 @@ func (s *server) keepWell(ctx context.Context, beat int) error {
 	ping, cancel := context.WithTimeout(ctx, storeTimeout)
 	err := s.inner.Ping(ping)
 	if err == nil && beat%120 == 0 {
-		err = exec(ping, s.inner, "deleting expired revocations", `
+		err = execSQL(ping, s.inner, "deleting expired revocations", `
 			delete from token_revocations
 			where expires_at < now() - interval '1 minute'`)
 	}
