@@ -56,17 +56,14 @@ type vault struct {
 	slots chan struct{} // bcrypt runs in as many goroutines at once
 	key   [32]byte      // makes the memo's keys worthless elsewhere
 
-	mu             sync.Mutex
-	recent, before map[[32]byte]struct{} // when recent is full it becomes before
+	mu   sync.Mutex
+	memo map[[32]byte]struct{} // of at most memoSize
 }
 
-const vaultSize = 8192 // secrets in each half of the memo
+const memoSize = 1 << 16
 
 func newVault() *vault {
-	v := &vault{
-		slots:  make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
-		recent: map[[32]byte]struct{}{},
-	}
+	v := &vault{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)), memo: map[[32]byte]struct{}{}}
 	rand.Read(v.key[:])
 	return v
 }
@@ -87,8 +84,6 @@ func (v *vault) compare(ctx context.Context, hash string, s secret) (right bool,
 		return nil
 	})
 	if right {
-		v.mu.Lock()
-		defer v.mu.Unlock()
 		v.remember(v.memoKey(hash, s))
 	}
 	return right, err
@@ -107,24 +102,22 @@ func (v *vault) slowly(ctx context.Context, do func() error) error {
 
 // known tells whether compare has found before that hash is that of s.
 func (v *vault) known(hash string, s secret) bool {
-	key := v.memoKey(hash, s)
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if _, ok := v.recent[key]; ok {
-		return true
-	}
-	_, ok := v.before[key]
-	if ok {
-		v.remember(key)
-	}
+	_, ok := v.memo[v.memoKey(hash, s)]
 	return ok
 }
 
 func (v *vault) remember(key [32]byte) {
-	if len(v.recent) >= vaultSize {
-		v.before, v.recent = v.recent, map[[32]byte]struct{}{}
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for old := range v.memo { // Go begins anywhere
+		if len(v.memo) < memoSize {
+			break
+		}
+		delete(v.memo, old)
 	}
-	v.recent[key] = struct{}{}
+	v.memo[key] = struct{}{}
 }
 
 func (v *vault) memoKey(hash string, s secret) (key [32]byte) {

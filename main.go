@@ -384,8 +384,8 @@ func open(ctx context.Context, cfg config) (*server, error) {
 	waiting, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for err = s.applySchema(waiting); err != nil && waiting.Err() == nil; err = s.applySchema(waiting) {
-		if _, refused := errors.AsType[*pgconn.PgError](err); refused {
-			break
+		if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Code[0] != '5' {
+			break // classes 53, 55 and 57 pass by themselves: too busy, locked, starting
 		}
 		slog.Warn("waiting for PostgreSQL", "error", err)
 		time.Sleep(time.Second)
