@@ -389,22 +389,24 @@ func (s *server) publish(ctx context.Context, list []revocation) {
 }
 
 // leaseScript tells Redis's time, whether warmKey is this Redis process's, and
-// whether keys may be evicted. Where there is no warmKey it sets it to ARGV[1],
-// so that vouchScript can tell that nothing was lost since.
+// whether keys may be evicted. Where a warm-up is to begin, it leaves a mark.
 var leaseScript = redis.NewScript(`
 local time = redis.call('TIME')
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
 local memory = redis.call('INFO', 'memory')
 local evicts = string.match(memory, '\nmaxmemory:(%d+)') ~= '0'
 	and string.match(memory, 'maxmemory_policy:(%w+)') ~= 'noeviction'
-redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', 60000)
-return {time[1] * 1000 + math.floor(time[2] / 1000), redis.call('GET', KEYS[1]) == run and 1 or 0, evicts and 1 or 0}`)
+local warm = redis.call('GET', KEYS[1]) == run
+if not warm and ARGV[1] == 'begin' then redis.call('SET', KEYS[2], run, 'PX', 60000) end
+return {time[1] * 1000 + math.floor(time[2] / 1000), warm and 1 or 0, evicts and 1 or 0}`)
 
-// vouchScript sets warmKey until ARGV[2], if it still is what it was.
+// vouchScript renews warmKey until ARGV[1]; or sets it anew, if the mark shows
+// that nothing was lost since the warm-up began.
 var vouchScript = redis.NewScript(`
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-local warm = redis.call('GET', KEYS[1])
-if warm == run or warm == ARGV[1] then redis.call('SET', KEYS[1], run, 'PXAT', ARGV[2]) end
+if redis.call('GET', KEYS[1]) == run or redis.call('GET', KEYS[2]) == run then
+	redis.call('SET', KEYS[1], run, 'PXAT', ARGV[1])
+end
 return {}`)
 
 var errEvicts = errors.New("redis may evict keys: set maxmemory-policy to noeviction")
@@ -412,32 +414,29 @@ var errEvicts = errors.New("redis may evict keys: set maxmemory-policy to noevic
 // keepWarm copies to Redis what it lacks of token_revocations, and renews the
 // lease on its trust.
 func (s *server) keepWarm(ctx context.Context) error {
-	mine := "warming " + newID()
-	state, err := s.redis.run(ctx, leaseScript, []string{warmKey}, mine)
+	keys := []string{warmKey, "revoked:warming:" + newID()}
+	state, err := s.redis.run(ctx, leaseScript, keys, "begin")
 	if err != nil {
 		return err
 	}
+	cold := state[1] == int64(0)
 	if state[2] == int64(1) {
-		return errEvicts
-	}
-	if state[1] == int64(0) {
+		err = errEvicts
+	} else if cold {
 		slog.Info("warming redis up")
-		err := s.forgetQuotas(ctx)
-		if err == nil {
-			err = s.copyRevocations(ctx, true)
-		}
-		if err == nil { // from here on, what is missing is not in_redis
-			state, err = s.redis.run(ctx, leaseScript, []string{warmKey}, mine)
-		}
-		if err != nil {
-			return err
-		}
+		err = errors.Join(s.forgetQuotas(ctx), s.copyRevocations(ctx, true))
 	}
-	if err := s.copyRevocations(ctx, false); err != nil {
+	if err == nil && cold { // from here on, what Redis lacks is not in_redis
+		state, err = s.redis.run(ctx, leaseScript, keys, "go on")
+	}
+	if err == nil {
+		err = s.copyRevocations(ctx, false)
+	}
+	if err != nil {
 		return err
 	}
 	now, _ := state[0].(int64)
-	_, err = s.redis.run(ctx, vouchScript, []string{warmKey}, mine, now+lease.Milliseconds())
+	_, err = s.redis.run(ctx, vouchScript, keys, now+lease.Milliseconds())
 	return err
 }
 
@@ -446,45 +445,49 @@ func (s *server) keepWarm(ctx context.Context) error {
 func (s *server) forgetQuotas(ctx context.Context) error {
 	keys := s.redis.Scan(ctx, 0, "monthly:*", 1000).Iterator()
 	for keys.Next(ctx) {
-		if err := s.redis.Unlink(ctx, keys.Val()).Err(); err != nil {
-			return fmt.Errorf("forgetting quotas: %w", err)
-		}
+		s.redis.Unlink(ctx, keys.Val()) // if it fails, so does what follows
 	}
-	return keys.Err()
+	if err := keys.Err(); err != nil {
+		return fmt.Errorf("%w: forgetting quotas: %w", errNoRedis, err)
+	}
+	return nil
 }
 
 // copyRevocations copies all rows, or those that Redis may lack, in pieces.
 func (s *server) copyRevocations(ctx context.Context, all bool) error {
-	for last := int64(0); ; {
-		rows, _ := s.inner.Query(ctx, `
-			select `+revocationColumns+`
-			from token_revocations
-			where revision > $1 and expires_at > now() and ($2::boolean or not in_redis)
-			order by revision
-			limit 1000`, pgx.QueryExecModeExec, last, all)
-		piece, err := pgx.CollectRows(rows, pgx.RowToStructByPos[revocation])
-		if err != nil {
-			return fmt.Errorf("reading revocations: %w", err)
-		}
-		if len(piece) == 0 {
-			return nil
-		}
-		if err := s.redis.put(ctx, piece); err != nil {
-			return err
-		}
-		revisions := make([]int64, len(piece))
-		for i, r := range piece {
-			revisions[i] = max(r.Revision, -r.Revision)
-		}
-		last = slices.Max(revisions)
-		err = execSQL(ctx, s.inner, "noting what redis has", `
-			update token_revocations
-			set in_redis = true
-			where not in_redis and revision = any($1)`, revisions)
-		if err != nil {
-			return err
-		}
+	last, err := int64(0), error(nil)
+	for more := true; more && err == nil; {
+		last, more, err = s.copyPiece(ctx, all, last)
 	}
+	return err
+}
+
+// copyPiece copies the next rows after a revision.
+func (s *server) copyPiece(ctx context.Context, all bool, after int64) (last int64, more bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
+	defer cancel()
+	rows, _ := s.inner.Query(ctx, `
+		select `+revocationColumns+`
+		from token_revocations
+		where revision > $1 and expires_at > now() and ($2::boolean or not in_redis)
+		order by revision
+		limit 1000`, pgx.QueryExecModeExec, after, all)
+	piece, err := pgx.CollectRows(rows, pgx.RowToStructByPos[revocation])
+	if err != nil || len(piece) == 0 {
+		return after, false, err
+	}
+	if err := s.redis.put(ctx, piece); err != nil {
+		return after, false, err
+	}
+	revisions := make([]int64, len(piece))
+	for i, r := range piece {
+		revisions[i] = max(r.Revision, -r.Revision)
+	}
+	_, err = s.inner.Exec(ctx, `
+		update token_revocations
+		set in_redis = true
+		where not in_redis and revision = any($1)`, revisions)
+	return slices.Max(revisions), true, err
 }
 
 // startKeeper starts what watches over both stores, and returns what stops it.
