@@ -326,7 +326,10 @@ func (s *server) authenticateClient(r *request) error {
 		return nil
 	}
 	address := addressKey(r.addr)
-	v, redisErr := s.admit(r.Context(), address, nil, "", 0)
+	v, err := s.admit(r.Context(), address, nil, "", 0)
+	if err != nil {
+		return err
+	}
 	if v.state == "limited" {
 		v.setHeaders(r.out)
 		return errAddressLimited
@@ -335,7 +338,7 @@ func (s *server) authenticateClient(r *request) error {
 		right, err = s.vault.compare(r.Context(), o.hash, plain)
 	}
 	if err != nil || right && o.refusal() == nil {
-		if redisErr == nil {
+		if v.state == "admitted" {
 			s.redis.giveBack(r.Context(), fmt.Sprintf("rate:%s:%d", address, v.now/60000))
 		}
 		r.caller = o.caller
@@ -388,9 +391,6 @@ func loadSecretOwner(ctx context.Context, db querier, clientID, prefix string) (
 
 // clientSecret finds the one client_id and secret in a request.
 func (r *request) clientSecret() (id string, plain secret, err error) {
-	if len(r.Header.Values("Authorization")) > 1 {
-		return "", "", errTwoMethods
-	}
 	id, plain = r.form.Get("client_id"), secret(r.form.Get("client_secret"))
 	header := r.Header.Get("Authorization")
 	if header == "" {

@@ -97,38 +97,44 @@ can also be given as NAME_FILE, a file that holds the value.
 
 // run is the program, with the operating system passed in.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
-	switch command := strings.Join(args, " "); command {
-	case "-h", "-help", "--help":
+	var do func(*server) error
+	switch command := strings.Join(args, " "); {
+	case command == "-h" || command == "-help" || command == "--help":
 		fmt.Fprint(stdout, usage)
 		for _, v := range variables {
 			fmt.Fprintf(stdout, "  %-23s %-6s %s\n", v.name, v.preset, v.about)
 		}
 		return nil
-	case "-version", "--version":
+	case command == "-version" || command == "--version":
 		fmt.Fprintln(stdout, version())
 		return nil
-	case "keygen":
+	case command == "keygen":
 		key, err := newKeyPEM()
 		fmt.Fprintf(stdout, "%s", key)
 		return err
+	case command == "healthcheck":
+		cfg, _ := loadConfig(getenv) // needs no more of it than the address
+		return checkHealth(cfg.listen())
+	case command == "":
+		do = func(s *server) error { return s.serve(ctx) }
+	case len(args) == 2 && args[0] == "bootstrap":
+		do = func(s *server) error { return s.bootstrap(ctx, args[1], stdout) }
+	case len(args) <= 2 && args[0] == "verify-audit":
+		do = func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout) }
+	default:
+		return fmt.Errorf("what is %q? -h tells what there is", args)
 	}
 	cfg, err := loadConfig(getenv)
-	switch {
-	case len(args) == 1 && args[0] == "healthcheck":
-		return checkHealth(ctx, cfg.listen())
-	case err != nil:
+	if err != nil {
 		return err
 	}
 	slog.SetDefault(slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
-	switch {
-	case len(args) == 0:
-		return serve(ctx, cfg)
-	case len(args) == 2 && args[0] == "bootstrap":
-		return withServer(ctx, cfg, func(s *server) error { return s.bootstrap(ctx, args[1], stdout) })
-	case len(args) <= 2 && args[0] == "verify-audit":
-		return withServer(ctx, cfg, func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout) })
+	s, err := open(ctx, cfg)
+	if err != nil {
+		return err
 	}
-	return fmt.Errorf("what is %q? -h tells what there is", args)
+	defer s.close()
+	return do(s)
 }
 
 func version() string {
@@ -139,14 +145,8 @@ func version() string {
 }
 
 // checkHealth is for container images, which have no shell and no curl.
-func checkHealth(ctx context.Context, address string) error {
-	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
-	defer cancel()
-	q, err := http.NewRequestWithContext(ctx, "GET", "http://"+address+"/health", nil)
-	if err != nil {
-		return err
-	}
-	answer, err := http.DefaultClient.Do(q)
+func checkHealth(address string) error {
+	answer, err := (&http.Client{Timeout: storeTimeout}).Get("http://" + address + "/health")
 	if err != nil {
 		return err
 	}
@@ -181,8 +181,8 @@ type variable struct{ name, preset, about string }
 // variables are all that the program reads from its environment. Where preset
 // is *, a value is required. The first four can also be given as NAME_FILE.
 var variables = []variable{
-	{"DATABASE_URL", "*", "PostgreSQL, 14 or later: postgres://user:password@host:5432/agentidp"},
-	{"REDIS_URL", "*", "Redis, 6.2 or later, a database of it for this service alone: redis://default:password@host:6379/0"},
+	{"DATABASE_URL", "*", "a PostgreSQL database, 14 or later, as createdb makes one: postgres://user:password@host:5432/agentidp"},
+	{"REDIS_URL", "*", "a Redis database, 6.2 or later, for this service alone, as redis-server has 16: redis://default:password@host:6379/0"},
 	{"JWT_PRIVATE_KEY", "*", "the RSA key that signs, as PEM, of 2048 bits or more; make one with: go run . keygen"},
 	{"JWT_PUBLIC_KEY", "", "further RSA keys that verify and are published, as PEM blocks one after another"},
 	{"PORT", "3000", "port to listen on"},
@@ -353,15 +353,6 @@ type server struct {
 	postgresUp, redisUp, draining atomic.Bool
 }
 
-func withServer(ctx context.Context, cfg config, do func(*server) error) error {
-	s, err := open(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	defer s.close()
-	return do(s)
-}
-
 // open connects to both stores and applies the schema, one copy at a time. It
 // waits for PostgreSQL for a minute; without Redis the service can do.
 func open(ctx context.Context, cfg config) (*server, error) {
@@ -418,34 +409,31 @@ func (s *server) close() {
 }
 
 // serve serves until ctx ends, and then finishes what has begun.
-func serve(ctx context.Context, cfg config) error {
-	listener, err := net.Listen("tcp", cfg.listen())
+func (s *server) serve(ctx context.Context) error {
+	listener, err := net.Listen("tcp", s.cfg.listen())
 	if err != nil {
 		return fmt.Errorf("%w; PORT and HOST choose another address", err)
 	}
-	defer listener.Close()
-	return withServer(ctx, cfg, func(s *server) error {
-		s.postgresUp.Store(true)
-		stopKeeper := s.startKeeper()
-		defer stopKeeper()
-		web := s.web()
-		failed := make(chan error, 1)
-		go func() { failed <- web.Serve(listener) }()
-		slog.Info("serving", "url", cfg.issuer, "address", listener.Addr().String(), "version", version())
-		select {
-		case err := <-failed:
-			return fmt.Errorf("serving: %w", err)
-		case <-ctx.Done():
-		}
-		slog.Info("stopping")
-		s.draining.Store(true)
-		time.Sleep(drainTime) // who asks for our health sends no more
-		finish, cancel := context.WithTimeout(context.Background(), 2*requestTimeout)
-		defer cancel()
-		err := web.Shutdown(finish)
-		slog.Info("stopped")
-		return err
-	})
+	s.postgresUp.Store(true)
+	stopKeeper := s.startKeeper()
+	defer stopKeeper()
+	web := s.web()
+	failed := make(chan error, 1)
+	go func() { failed <- web.Serve(listener) }()
+	slog.Info("serving", "url", s.cfg.issuer, "address", listener.Addr().String(), "version", version())
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serving: %w", err)
+	case <-ctx.Done():
+	}
+	slog.Info("stopping")
+	s.draining.Store(true)
+	time.Sleep(drainTime) // who asks for our health sends no more
+	finish, cancel := context.WithTimeout(context.Background(), 2*requestTimeout)
+	defer cancel()
+	err = web.Shutdown(finish)
+	slog.Info("stopped")
+	return err
 }
 
 func (s *server) web() *http.Server {
@@ -686,7 +674,9 @@ func (s *server) handle(rt route, r *request) (body any, err error) {
 			err = errInternal
 		}
 	}()
-	if err = rt.who(r); err == nil {
+	if len(r.Header.Values("Authorization")) > 1 {
+		err = errTwoMethods
+	} else if err = rt.who(r); err == nil {
 		body, err = rt.handle(r)
 	}
 	return body, s.recordRefusal(rt, r, err)
@@ -822,18 +812,18 @@ func challenge(r *request, form envelope, p *problem) {
 
 // respond encodes before it writes, so that an answer is whole; nil is none.
 func respond(w http.ResponseWriter, status int, body any) {
-	var b bytes.Buffer
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false)
+	var b []byte
 	if body != nil {
-		if err := enc.Encode(body); err != nil {
+		var err error
+		if b, err = json.Marshal(body); err != nil {
 			panic(err) // a type of ours that has no JSON
 		}
 		w.Header().Set("Content-Type", "application/json")
-		w.Header().Set("Content-Length", strconv.Itoa(b.Len()))
+		w.Header().Set("Content-Length", strconv.Itoa(len(b)+1))
+		b = append(b, '\n')
 	}
 	w.WriteHeader(status)
-	w.Write(b.Bytes()) // an error means that the client has gone
+	w.Write(b) // an error means that the client has gone
 }
 
 // faults say for each field what is wrong with it.
@@ -852,11 +842,16 @@ func (bad faults) checkOneOf(name string, value *string, allowed []string) {
 	}
 }
 
-func bodyProblem(err error) error {
+// readBody reads up to maxBody bytes.
+func (r *request) readBody() ([]byte, error) {
+	body, err := io.ReadAll(r.Body)
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return errTooLarge
+		return nil, errTooLarge
 	}
-	return errForm.because("The body could not be read.")
+	if err != nil {
+		return nil, errForm.because("The body could not be read.")
+	}
+	return body, nil
 }
 
 // decode reads a body: one JSON object with the names of T, each once and
@@ -867,9 +862,9 @@ func decode[T interface{ check(faults) }](r *request) (q T, err error) {
 	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 		return q, errMediaType
 	}
-	body, err := io.ReadAll(r.Body)
+	body, err := r.readBody()
 	if err != nil {
-		return q, bodyProblem(err)
+		return q, err
 	}
 	fields, ok := splitObject(body)
 	if !ok {

@@ -122,17 +122,18 @@ func (c *cache) giveBack(ctx context.Context, key string) {
 	_, _ = c.ask(ctx, giveBackScript, []string{key})
 }
 
-// A verdict is what Redis says of a request.
+// A verdict is what is known of a request.
 type verdict struct {
-	state             string // cold, revoked, limited, uncounted, spent, admitted
+	state             string // admitted, limited, revoked, spent, uncounted; unlimited without Redis
 	limit             int64  // requests a minute; 0 is none
 	previous, current int64  // requests of the last minute and of this one
 	now               int64  // Redis's clock, in milliseconds since 1970
 }
 
-// admit asks admitScript. Owner is a client_id, or "ip:" and an address, or ""
-// where no request is to be counted; month is the quota's counter, "" for none;
-// counted is what PostgreSQL knows of it.
+// admit asks admitScript, and PostgreSQL for what Redis doesn't know of
+// revocations. Owner is a client_id, or "ip:" and an address, or "" where no
+// request is to be counted; ids are those of the token; month is the quota's
+// counter, "" for none; counted is what PostgreSQL knows of it.
 func (s *server) admit(ctx context.Context, owner string, ids []string, month string, counted int64) (verdict, error) {
 	keys := []string{warmKey, month}
 	for _, id := range ids {
@@ -147,17 +148,23 @@ func (s *server) admit(ctx context.Context, owner string, ids []string, month st
 	}
 	reply, err := s.redis.ask(ctx, admitScript, keys,
 		owner, limit, quota, counted, nextMonth(time.Now()).Add(24*time.Hour).UnixMilli())
-	if err != nil {
-		return verdict{}, err
+	v := verdict{state: "unlimited"}
+	if err == nil {
+		v.limit = int64(limit)
+		v.state, _ = reply[0].(string)
 	}
-	v := verdict{limit: int64(limit)}
-	v.state, _ = reply[0].(string)
 	if len(reply) == 4 {
 		v.previous, _ = reply[1].(int64)
 		v.current, _ = reply[2].(int64)
 		v.now, _ = reply[3].(int64)
 	}
-	return v, nil
+	if len(ids) == 0 || err == nil && v.state != "cold" {
+		return v, nil
+	}
+	if revoked, err := isRevoked(ctx, s.db, ids); revoked || err != nil {
+		return verdict{state: "revoked"}, err
+	}
+	return s.admit(ctx, owner, nil, month, counted)
 }
 
 // wait returns the seconds until a refused client has a request left: until so

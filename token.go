@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"mime"
 	"net/url"
@@ -33,9 +32,9 @@ func (r *request) parseForm() error {
 		len(types) != 1 || mediaType != "application/x-www-form-urlencoded" {
 		return errForm.because("The body must be application/x-www-form-urlencoded, and say so in one Content-Type.")
 	}
-	body, err := io.ReadAll(r.Body)
+	body, err := r.readBody()
 	if err != nil {
-		return bodyProblem(err)
+		return err
 	}
 	form, err := url.ParseQuery(string(body))
 	if err != nil {
@@ -62,17 +61,8 @@ func (s *server) identify(r *request) error {
 		return errInvalidToken
 	}
 	v, err := s.admit(r.Context(), c.Subject, c.revocationIDs(), "", 0)
-	if err != nil || v.state == "cold" {
-		revoked, dbErr := isRevoked(r.Context(), s.db, c.revocationIDs())
-		if dbErr != nil {
-			return dbErr
-		}
-		if revoked {
-			return errInvalidToken
-		}
-		if err == nil {
-			v, _ = s.admit(r.Context(), c.Subject, nil, "", 0)
-		}
+	if err != nil {
+		return err
 	}
 	v.setHeaders(r.out)
 	switch v.state {
@@ -194,18 +184,20 @@ func grantAudience(resources []string, issuer string) (audience, error) {
 // for its quota; counted says whether the latter has to be given back if
 // nothing comes of it. A quota that Redis has lost is counted anew.
 func (s *server) spend(r *request, month string) (counted bool, err error) {
-	v, redisErr := s.admit(r.Context(), r.caller.agentID, nil, month, -1)
-	if v.state == "uncounted" {
+	v, err := s.admit(r.Context(), r.caller.agentID, nil, month, -1)
+	if err == nil && v.state == "uncounted" {
 		var n int64
-		err := s.db.QueryRow(r.Context(), `
+		err = s.db.QueryRow(r.Context(), `
 			select count(*)
 			from audit_events
 			where agent_id = $1 and action = 'token.issued' and outcome = 'success'
 				and "timestamp" >= date_trunc('month', now(), 'UTC')`, r.caller.agentID).Scan(&n)
-		if err != nil {
-			return false, fmt.Errorf("counting this month's tokens: %w", err)
+		if err == nil {
+			v, err = s.admit(r.Context(), r.caller.agentID, nil, month, n)
 		}
-		v, redisErr = s.admit(r.Context(), r.caller.agentID, nil, month, n)
+	}
+	if err != nil {
+		return false, fmt.Errorf("counting this month's tokens: %w", err)
 	}
 	v.setHeaders(r.out)
 	switch v.state {
@@ -215,7 +207,7 @@ func (s *server) spend(r *request, month string) (counted bool, err error) {
 		return false, errQuota.because(fmt.Sprintf("The monthly quota of %d tokens is spent. It resets at %s.",
 			s.cfg.monthlyTokenLimit, moment{nextMonth(time.Now())}))
 	}
-	return redisErr == nil && month != "", nil
+	return v.state == "admitted" && month != "", nil
 }
 
 // introspectToken is RFC 7662. Whatever is wrong with a token, the answer is
@@ -227,17 +219,15 @@ func (s *server) introspectToken(r *request) (any, error) {
 	}
 	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
 	active := err == nil
+	f := facts{"jti": c.ID}
 	if active {
-		revoked, err := s.isRevoked(r.Context(), c.revocationIDs())
+		v, err := s.admit(r.Context(), "", c.revocationIDs(), "", 0)
 		if err != nil {
 			return nil, err
 		}
-		active = !revoked
+		active = v.state != "revoked"
 	}
-	f := facts{"active": active}
-	if err == nil {
-		f["jti"] = c.ID
-	}
+	f["active"] = active
 	if err := s.record(r, newEvent(tokenIntrospected, c.Subject, f))(); err != nil {
 		return nil, err
 	}
@@ -338,15 +328,7 @@ func (tx *change) lift(ctx context.Context, id string) error {
 	return err
 }
 
-// isRevoked asks Redis, and PostgreSQL where Redis doesn't know.
-func (s *server) isRevoked(ctx context.Context, ids []string) (bool, error) {
-	v, err := s.admit(ctx, "", ids, "", 0)
-	if err != nil || v.state == "cold" {
-		return isRevoked(ctx, s.db, ids)
-	}
-	return v.state == "revoked", nil
-}
-
+// isRevoked asks PostgreSQL.
 func isRevoked(ctx context.Context, db querier, ids []string) (revoked bool, err error) {
 	err = db.QueryRow(ctx, `
 		select exists (
