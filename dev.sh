@@ -21,10 +21,14 @@ pass_on() {
 }
 
 show_client() {
-	url=$(printf '%s\n' "$line" | sed -n 's/.*"url":"\([^"]*\)".*/\1/p')
+	# Not its "url", which is what ISSUER says.
+	address=$(printf '%s\n' "$line" | sed -n 's/.*"address":"\([^"]*\)".*/\1/p')
+	case $address in
+	127.0.0.1:* | 0.0.0.0:* | '[::]:'*) address=localhost:${address##*:} ;;
+	esac
 	user=$(sed -n 's/^client_id: //p' "$client"):$(sed -n 's/^client_secret: //p' "$client")
 	cat "$client"
-	echo "curl -s -u $user -d grant_type=client_credentials ${url:-http://localhost:${PORT:-3000}}/api/v1/token"
+	echo "curl -s -u $user -d grant_type=client_credentials http://${address:-localhost:${PORT:-3000}}/api/v1/token"
 }
 
 # serve runs inside with-services.sh and becomes the server.
@@ -88,6 +92,10 @@ if [ -z "${JWT_PRIVATE_KEY-}${JWT_PRIVATE_KEY_FILE-}" ]; then
 	export JWT_PRIVATE_KEY_FILE="$PWD/.run/jwt.pem"
 fi
 
+case ${LOG_LEVEL-} in
+[Dd]*) ;;
+*) export LOG_LEVEL=info ;; # higher ones leave out the line that this script waits for
+esac
 export HOST="${HOST-127.0.0.1}"
 say "listening on ${HOST:-all addresses}, port ${PORT:-3000} (HOST and PORT change that). Ctrl-C stops everything."
 exec ./with-services.sh --keep .run/data ./dev.sh serve "$client"
