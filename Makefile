@@ -51,6 +51,7 @@ build: ## build ./agentidp
 
 # The race detector needs a C compiler.
 gcc:
+	@command -v $(GO) >/dev/null || { echo "Go is needed (go.mod has the version), and '$(GO)' is not on PATH" >&2; exit 69; }
 	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
 
 .PHONY: help run test bench fuzz cover lint vuln build gcc

@@ -181,6 +181,9 @@ func (s *server) createAgent(r *request) (any, error) {
 		a, err = insertAgent(ctx, tx, q)
 		return newEvent(agentCreated, a.AgentID, facts{"agent": q}), err
 	})
+	if err == nil {
+		r.out.Set("Location", "/api/v1/agents/"+a.AgentID)
+	}
 	return a, err
 }
 

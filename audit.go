@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -49,20 +50,30 @@ func (d digest) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString
 
 // An event as it is stored, hashed and shown.
 type event struct {
-	EventID   string          `json:"eventId"`
-	Seq       int64           `json:"seq"`
-	AgentID   *string         `json:"agentId"` // whom it concerns
-	ActorID   *string         `json:"actorId"` // who did it; null for the operator
-	Action    string          `json:"action"`
-	Outcome   string          `json:"outcome"` // success or failure
-	IPAddress string          `json:"ipAddress"`
-	UserAgent string          `json:"userAgent"`
-	Metadata  json.RawMessage `json:"metadata"`
-	Timestamp moment          `json:"timestamp"`
-	PrevHash  digest          `json:"prevHash"`
-	Hash      digest          `json:"hash"`
+	EventID   string  `json:"eventId"`
+	Seq       int64   `json:"seq"`
+	AgentID   *string `json:"agentId"` // whom it concerns
+	ActorID   *string `json:"actorId"` // who did it; null for the operator
+	Action    string  `json:"action"`
+	Outcome   string  `json:"outcome"` // success or failure
+	IPAddress string  `json:"ipAddress"`
+	UserAgent string  `json:"userAgent"`
+	Metadata  rawJSON `json:"metadata"`
+	Timestamp moment  `json:"timestamp"`
+	PrevHash  digest  `json:"prevHash"`
+	Hash      digest  `json:"hash"`
 
 	facts facts // until Metadata is made of them
+}
+
+// rawJSON is what a json column holds, byte for byte: pgx would trim spaces.
+type rawJSON []byte
+
+func (j rawJSON) MarshalJSON() ([]byte, error) { return j, nil }
+
+func (j *rawJSON) ScanBytes(b []byte) error {
+	*j = bytes.Clone(b)
+	return nil
 }
 
 const eventColumns = `event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent, metadata, "timestamp", prev_hash, hash`
@@ -161,6 +172,7 @@ type recorder struct {
 
 type entry struct {
 	event  event
+	wanted context.Context // until its request has given up
 	stored chan error
 }
 
@@ -188,6 +200,7 @@ func (rec *recorder) run() {
 		for len(batch) < batchSize && len(rec.queue) > 0 {
 			batch = append(batch, <-rec.queue)
 		}
+		batch = slices.DeleteFunc(batch, func(e entry) bool { return e.wanted.Err() != nil })
 		err := rec.store(batch)
 		for _, e := range batch {
 			e.stored <- err
@@ -198,6 +211,9 @@ func (rec *recorder) run() {
 func (rec *recorder) store(batch []entry) error {
 	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 	defer cancel()
+	if len(batch) == 0 {
+		return nil
+	}
 	events := make([]event, len(batch))
 	for i, e := range batch {
 		events[i] = e.event
@@ -215,7 +231,7 @@ func (s *server) record(r *request, e event) func() error {
 	}
 	stored := make(chan error, 1)
 	select {
-	case s.recorder.queue <- entry{e, stored}:
+	case s.recorder.queue <- entry{e, r.Context(), stored}:
 		return func() error {
 			select {
 			case err := <-stored:
@@ -253,6 +269,7 @@ func (bad faults) parseDate(name string, value *string, rest time.Duration) *tim
 	}
 	if err != nil || t.Year() < 1970 || t.Year() > 9999 {
 		bad[name] = "must be a time like 2026-03-28T09:00:00Z or a day like 2026-03-28"
+		return nil
 	}
 	return &t
 }
@@ -424,7 +441,7 @@ func (report *chainReport) extend(e *event, oldest int64, served time.Time, cp *
 	case e.Seq != want:
 		report.FirstBadSeq = min(e.Seq, want)
 		return
-	case !bytes.Equal(e.PrevHash, report.HeadHash), !bytes.Equal(e.Hash, e.sum()),
+	case e.Timestamp.Nanosecond()%1e6 != 0, !bytes.Equal(e.PrevHash, report.HeadHash), !bytes.Equal(e.Hash, e.sum()),
 		cp != nil && cp.Seq == e.Seq && cp.Hash != hex.EncodeToString(e.Hash):
 		report.FirstBadSeq = e.Seq
 		return
@@ -473,13 +490,19 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 	var cp *checkpoint
 	if signed != "" {
 		cp = &checkpoint{}
-		if s.keys.open(auditCheckpoint, signed, cp) != nil || cp.Issuer != s.cfg.issuer {
-			return errors.New("this is no checkpoint that a key of this issuer signed")
+		if s.keys.open(auditCheckpoint, signed, cp) != nil {
+			return errors.New("no key here signed this checkpoint: is it whole, is the key of its time in JWT_PUBLIC_KEY?")
+		}
+		if cp.Issuer != s.cfg.issuer {
+			return fmt.Errorf("the checkpoint is of the issuer %q, and ISSUER is %q", cp.Issuer, s.cfg.issuer)
 		}
 	}
 	report, err := verifyChain(ctx, s.db, 1, 1<<60, s.oldestServed(), cp)
 	if err != nil {
 		return err
+	}
+	if cp != nil && cp.Seq < report.FromSeq {
+		return fmt.Errorf("the log begins at seq %d, after the checkpoint at %d: use a later one", report.FromSeq, cp.Seq)
 	}
 	if !report.Verified {
 		return fmt.Errorf("the audit log was altered: the first bad seq is %d", report.FirstBadSeq)

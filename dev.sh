@@ -42,6 +42,10 @@ serve() {
 			say "no client of this database is known here, so none is shown"
 		fi
 	fi
+	for name in DATABASE_URL REDIS_URL JWT_PRIVATE_KEY JWT_PRIVATE_KEY_FILE JWT_PUBLIC_KEY ISSUER PORT HOST; do
+		eval "value=\${$name-}"
+		[ -z "$value" ] || printf "%s='%s'\n" "$name" "$value"
+	done >.run/env
 	mkfifo ".run/log.$$"
 	pass_on <".run/log.$$" &
 	exec 2>".run/log.$$"
@@ -54,6 +58,10 @@ if [ "${1-}" = serve ]; then
 fi
 
 mkdir -p -m 700 .run
+command -v go >/dev/null || {
+	say "Go is needed (go.mod has the version), and 'go' is not on PATH"
+	exit 69
+}
 say "building .run/agentidp"
 go build -o ".run/agentidp.$$" .
 mv ".run/agentidp.$$" .run/agentidp # another copy may be running
@@ -97,5 +105,5 @@ case ${LOG_LEVEL-} in
 *) export LOG_LEVEL=info ;; # higher ones leave out the line that this script waits for
 esac
 export HOST="${HOST-127.0.0.1}"
-say "listening on ${HOST:-all addresses}, port ${PORT:-3000} (HOST and PORT change that). Ctrl-C stops everything."
+say "will listen on ${HOST:-all addresses}, port ${PORT:-3000} (HOST and PORT change that). Ctrl-C stops everything."
 exec ./with-services.sh --keep .run/data ./dev.sh serve "$client"

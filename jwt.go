@@ -109,8 +109,11 @@ func newKeyset(text string) (*keyset, error) {
 
 // publish takes further keys that verify: PEM blocks, PKIX or PKCS#1.
 func (k *keyset) publish(text string) (any, error) {
-	if k == nil || strings.TrimSpace(text) == "" {
+	if strings.TrimSpace(text) == "" {
 		return nil, nil
+	}
+	if k == nil { // the key that signs is not right, and is complained of
+		k = &keyset{}
 	}
 	keys, err := parsePEM(text)
 	for _, key := range keys {
@@ -126,8 +129,9 @@ func (k *keyset) publish(text string) (any, error) {
 func parsePEM(text string) (keys []any, err error) {
 	for rest := []byte(strings.ReplaceAll(text, `\n`, "\n")); len(bytes.TrimSpace(rest)) > 0; {
 		var block *pem.Block
-		if block, rest = pem.Decode(rest); block == nil {
-			return nil, errKey
+		begun := bytes.Count(rest, []byte("-----BEGIN "))
+		if block, rest = pem.Decode(rest); block == nil || bytes.Count(rest, []byte("-----BEGIN ")) != begun-1 {
+			return nil, errKey // Decode skips a block that it can't read
 		}
 		var key any
 		switch block.Type {

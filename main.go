@@ -122,7 +122,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	case len(args) <= 2 && args[0] == "verify-audit":
 		do = func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout) }
 	default:
-		return fmt.Errorf("what is %q? -h tells what there is", args)
+		return fmt.Errorf("%q is no command, or not with these operands; -h lists them", args)
 	}
 	cfg, err := loadConfig(getenv)
 	if err != nil {
@@ -185,16 +185,16 @@ var variables = []variable{
 	{"REDIS_URL", "*", "a Redis database, 6.2 or later, for this service alone, as redis-server has 16: redis://default:password@host:6379/0"},
 	{"JWT_PRIVATE_KEY", "*", "the RSA key that signs, as PEM, of 2048 bits or more; make one with: go run . keygen"},
 	{"JWT_PUBLIC_KEY", "", "further RSA keys that verify and are published, as PEM blocks one after another"},
-	{"PORT", "3000", "port to listen on"},
+	{"PORT", "3000", "port to listen on, from 0 to 65535"},
 	{"HOST", "", "address to listen on; all of them if empty"},
 	{"ISSUER", "", "URL of the service as clients see it, without a slash at the end; http://localhost:PORT if empty"},
-	{"TOKEN_TTL", "1h", "lifetime of a token, like 15m or in seconds, at most 24h"},
+	{"TOKEN_TTL", "1h", "lifetime of a token, like 90s, 15m or 1h, or in seconds; from 1s to 24h"},
 	{"RATE_LIMIT_PER_MINUTE", "100", "requests of a client, and failed authentications of an address; 0 is no limit"},
 	{"MONTHLY_TOKEN_LIMIT", "10000", "tokens issued to a client in a calendar month (UTC); 0 is no limit"},
 	{"MAX_AGENTS", "100", "agents that are not decommissioned; 0 is no limit"},
 	{"RETENTION_DAYS", "90", "how many days of the audit log are served, from 1"},
 	{"CORS_ORIGIN", "", "origin like https://console.example.com whose pages may call the API; none if empty"},
-	{"TRUSTED_PROXIES", "", "networks whose X-Forwarded-For counts, like 10.0.0.0/8,::1/128"},
+	{"TRUSTED_PROXIES", "", "networks whose X-Forwarded-For counts, like 10.0.0.0/8,192.0.2.7/32,::1/128"},
 	{"LOG_LEVEL", "info", "debug, info, warn or error"},
 }
 
@@ -222,7 +222,7 @@ func loadConfig(getenv func(string) string) (config, error) {
 		cfg.issuer = fmt.Sprintf("http://localhost:%d", cfg.port)
 	}
 	if env.wrong != nil {
-		return cfg, fmt.Errorf("the environment is not complete:\n%w\nto have all of it set up for development: make run", errors.Join(env.wrong...))
+		return cfg, fmt.Errorf("the environment is not as it must be:\n%w\nto have all of it set up for development: make run", errors.Join(env.wrong...))
 	}
 	return cfg, nil
 }
@@ -248,14 +248,19 @@ func parse[T any](env *environment, name string, read func(string) (T, error)) (
 	case file != "":
 		content, err = os.ReadFile(file)
 		value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
-		complaint = "_FILE could not be read: "
+		complaint = fmt.Sprintf("_FILE=%q could not be read (%v): ", file, err)
 	case value == "" && variables[i].preset == "*":
 		err, complaint = errors.ErrUnsupported, " is missing: "
 	case value == "":
 		value = variables[i].preset
 	}
-	if err == nil {
+	if err == nil && value == "" && variables[i].preset == "*" {
+		err, complaint = errors.ErrUnsupported, " is empty: "
+	} else if err == nil {
 		complaint = " is not right: "
+		if i >= 4 { // no secret
+			complaint = fmt.Sprintf("=%q is not right: ", value)
+		}
 		result, err = read(value)
 	}
 	if err != nil {
@@ -444,7 +449,10 @@ func (s *server) web() *http.Server {
 		WriteTimeout:      20 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
+
+		DisableGeneralOptionsHandler: true, // it would answer OPTIONS * without JSON
+
+		ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelWarn),
 	}
 }
 
@@ -521,8 +529,10 @@ func (s *server) bearer(scope string, own ...string) func(*request) error {
 		if err := s.identify(r); err != nil {
 			return err
 		}
-		if r.caller.agentID == r.PathValue("agentId") && slices.ContainsFunc(own, r.caller.has) {
+		if self := r.caller.agentID == r.PathValue("agentId"); self && slices.ContainsFunc(own, r.caller.has) {
 			return nil
+		} else if self && len(own) > 0 && !r.caller.has(scope) {
+			return r.caller.need(own[0]) // the lesser of the two
 		}
 		return r.caller.need(scope)
 	}
@@ -601,7 +611,7 @@ func (s *server) front() http.Handler {
 		} else {
 			if own.ServeHTTP(refusal, r); refusal["Allow"] != nil {
 				w.Header()["Allow"] = refusal["Allow"]
-				none.handle = refuse(errMethod)
+				none.handle = refuse(errMethod.because("The methods of this path are " + refusal["Allow"][0] + "."))
 			}
 			s.answer(none, w, r)
 		}
@@ -751,7 +761,7 @@ var (
 	errNoEvent      = &problem{status: 404, code: "AUDIT_EVENT_NOT_FOUND", message: "No event that is served has this id."}
 	errMethod       = &problem{status: 405, code: "METHOD_NOT_ALLOWED", oauth: "invalid_request", message: "The methods of this path are in the Allow header."}
 
-	errAgentExists       = &problem{status: 409, code: "AGENT_ALREADY_EXISTS", message: "An agent with this email is registered."}
+	errAgentExists       = &problem{status: 409, code: "AGENT_ALREADY_EXISTS", message: "An agent with this email is registered, if only as decommissioned: an email is never free again."}
 	errDecommissioned    = &problem{status: 409, code: "AGENT_ALREADY_DECOMMISSIONED", message: "The agent is decommissioned, which is final."}
 	errCredentialRevoked = &problem{status: 409, code: "CREDENTIAL_ALREADY_REVOKED", message: "The credential is revoked, which is final."}
 
@@ -799,7 +809,7 @@ func challenge(r *request, form envelope, p *problem) {
 		reason += `, scope="` + p.scope + `"`
 	}
 	switch {
-	case r.presents("Bearer"):
+	case r.presents("Bearer") && p.oauth != errNoClient.oauth:
 		r.out.Set("WWW-Authenticate", "Bearer"+realm+reason)
 	case form == rest:
 		r.out.Set("WWW-Authenticate", "Bearer"+realm)
@@ -855,7 +865,7 @@ func (r *request) readBody() ([]byte, error) {
 }
 
 // decode reads a body: one JSON object with the names of T, each once and
-// spelled as T spells it, none null, in valid UTF-8 without NUL, and nothing
+// spelled as T spells it, none null, in valid UTF-8, and nothing
 // after it. It reports every fault at once. All fields of T must be pointers
 // with omitempty.
 func decode[T interface{ check(faults) }](r *request) (q T, err error) {
@@ -873,15 +883,19 @@ func decode[T interface{ check(faults) }](r *request) (q T, err error) {
 	bad, known := faults{}, faults{}
 	for name, value := range fields {
 		var alone T
-		err := json.Unmarshal([]byte(`{"`+name+`":`+string(value)+`}`), &alone)
+		key, _ := json.Marshal(name)
+		err := json.Unmarshal([]byte(`{`+string(key)+`:`+string(value)+`}`), &alone)
 		again, _ := json.Marshal(alone)
 		switch {
+		case string(value) == "null":
+			bad[clip(name)] = "must not be null; leave it out"
 		case err != nil:
-			bad[clip(name)] = "is of the wrong type"
-		case !bytes.HasPrefix(again, []byte(`{"`+name+`":`)): // or Go took it for another name
-			bad[clip(name)] = "is null, or not a field of this request"
-		case bytes.Contains(value, []byte(`\u0000`)):
-			bad[name] = "must not contain NUL"
+			bad[clip(name)] = "must be a time like 2030-01-01T00:00:00Z"
+			if wrong, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+				bad[clip(name)] = "must not be, or hold, a JSON " + wrong.Value
+			}
+		case !bytes.HasPrefix(again, []byte(`{`+string(key)+`:`)): // or Go took it for another name
+			bad[clip(name)] = "is not a field of this request"
 		}
 	}
 	if err := json.Unmarshal(body, &q); err != nil && len(bad) == 0 {

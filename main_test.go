@@ -125,7 +125,7 @@ func (l *logBuffer) check() error {
 // A service is a running server with its first agent, which holds all of our
 // scopes.
 type service struct {
-	t          *testing.T
+	t          testing.TB
 	env        map[string]string
 	url        string
 	s          *server
@@ -139,7 +139,7 @@ var databaseNumber atomic.Int64
 
 // newService starts a service. Env are pairs of variables that differ from
 // the defaults here, which switch limits off.
-func newService(t *testing.T, env ...string) *service {
+func newService(t testing.TB, env ...string) *service {
 	t.Helper()
 	ctx := t.Context()
 	v := &service{t: t, env: map[string]string{

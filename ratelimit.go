@@ -98,9 +98,10 @@ func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, ar
 	return reply, nil
 }
 
-// run calls a script, also while Redis seems lost. It fails with errNoRedis.
+// run calls a script, also while Redis seems lost, and though the request is at
+// its end: that says nothing of Redis. It fails with errNoRedis.
 func (c *cache) run(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
-	ctx, cancel := context.WithTimeout(ctx, redisTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redisTimeout)
 	defer cancel()
 	reply, err := script.Run(ctx, c.Client, keys, args...).Slice()
 	if err != nil {
@@ -176,7 +177,7 @@ func (v verdict) wait() int64 {
 	}
 	until := -elapsed
 	if previous > 0 {
-		until += max(0, 60000*(previous-(v.limit-current-1))/previous)
+		until += max(0, (60000*(previous-(v.limit-current-1))+previous-1)/previous)
 	}
 	return max(1, (until+999)/1000)
 }
@@ -237,7 +238,7 @@ func clientAddress(r *http.Request, trusted []netip.Prefix) netip.Addr {
 		if err != nil {
 			break
 		}
-		addr = hop.Unmap()
+		addr = hop.Unmap().WithZone("")
 	}
 	return addr
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -154,7 +155,11 @@ func grantScope(asked string, capabilities []string) (string, error) {
 	if granted == nil {
 		return "", errScope.because("None of the scopes asked for is among the agent's capabilities.")
 	}
-	return strings.Join(granted, " "), nil
+	scope := strings.Join(granted, " ")
+	if len(scope) > 64*101 { // longer than all capabilities, and a token must not be too long to be read
+		return "", errScope.because("The scopes asked for are too long together; ask for fewer, or for resource:*.")
+	}
+	return scope, nil
 }
 
 // grantAudience is the resources asked for (RFC 8707, section 2), else us.
@@ -162,12 +167,16 @@ func grantAudience(resources []string, issuer string) (audience, error) {
 	var aud audience
 	size := 0
 	for _, resource := range resources {
+		if resource == "" { // as if it were not there (RFC 6749, section 3.2)
+			continue
+		}
 		u, err := url.Parse(resource)
 		if err != nil || !u.IsAbs() || u.Fragment != "" || strings.Contains(resource, "#") ||
 			strings.IndexFunc(resource, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }) >= 0 {
 			return nil, errResource
 		}
-		if size += len(resource); size > 2048 || len(aud) >= 16 {
+		encoded, _ := json.Marshal(resource)
+		if size += len(encoded); size > 2048 || len(aud) >= 16 {
 			return nil, errResource.because("The resources may be 16 of 2,048 characters together.")
 		}
 		if !slices.Contains(aud, resource) {
@@ -256,7 +265,7 @@ func (s *server) revokeToken(r *request) (any, error) {
 		return nil, s.refused(r, e, errForm.because("This token was issued to another client."))
 	}
 	return struct{}{}, s.change(r, func(ctx context.Context, tx *change) (event, error) {
-		fresh, err := tx.revoke(ctx, "token", c.ID, time.Unix(c.Expires, 0))
+		fresh, err := tx.revoke(ctx, "token", c.ID, time.Unix(c.Expires, 0).Add(time.Hour))
 		if !fresh {
 			return event{}, err // revoked before: nothing happens that would be an event
 		}
