@@ -218,7 +218,7 @@ func (rec *recorder) store(batch []entry) error {
 	for i, e := range batch {
 		events[i] = e.event
 	}
-	return pgx.BeginFunc(ctx, rec.db, func(tx pgx.Tx) error { return appendEvents(ctx, tx, events) })
+	return transact(ctx, rec.db, func(tx pgx.Tx) error { return appendEvents(ctx, tx, events) })
 }
 
 // record hands an event over and returns the function that waits until it is

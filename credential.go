@@ -153,7 +153,7 @@ type credentialRequest struct {
 }
 
 func (q credentialRequest) check(bad faults) {
-	if q.ExpiresAt != nil && (!q.ExpiresAt.After(time.Now()) || q.ExpiresAt.Year() > 9999) {
+	if q.ExpiresAt != nil && (!q.ExpiresAt.After(time.Now()) || q.ExpiresAt.UTC().Year() > 9999) {
 		bad["expiresAt"] = "must be in the future"
 	}
 }
@@ -269,15 +269,16 @@ func replaceSecret(ctx context.Context, tx *change, row secretRow) (credential, 
 	if err != nil {
 		return credential{}, err
 	}
-	if _, err := tx.revoke(ctx, "secret", old, lastExpiry()); err != nil {
-		return credential{}, err
-	}
-	return one[credential](ctx, tx, errNoCredential, "replacing a secret", `
+	c, err := one[credential](ctx, tx, errNoCredential, "replacing a secret", `
 		update credentials
 		set secret_prefix = $2, secret_hash = $3, secret_id = $4, expires_at = date_trunc('milliseconds', $5::timestamptz)
 		where credential_id = $1
 		returning `+credentialColumns,
 		row.credentialID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
+	if err == nil {
+		_, err = tx.revoke(ctx, "secret", old, lastExpiry())
+	}
+	return c, err
 }
 
 // loadSecretID returns what tokens of an active credential carry. Its agent
@@ -342,7 +343,9 @@ func (s *server) authenticateClient(r *request) error {
 		if v.state == "admitted" {
 			s.redis.giveBack(r.Context(), fmt.Sprintf("rate:%s:%d", address, v.now/60000))
 		}
-		r.caller = o.caller
+		if err == nil {
+			r.caller = o.caller
+		}
 		return err
 	}
 	why := errBadClient
@@ -403,11 +406,11 @@ func (r *request) clientSecret() (id string, plain secret, err error) {
 		return id, plain, nil
 	}
 	scheme, encoded, _ := strings.Cut(header, " ")
-	if !strings.EqualFold(scheme, "Basic") {
-		return "", "", errNoClient
-	}
 	if plain != "" {
 		return "", "", errTwoMethods
+	}
+	if !strings.EqualFold(scheme, "Basic") {
+		return "", "", errNoClient
 	}
 	decoded, err := base64.StdEncoding.DecodeString(strings.TrimLeft(encoded, " "))
 	user, password, _ := strings.Cut(string(decoded), ":")
@@ -416,10 +419,10 @@ func (r *request) clientSecret() (id string, plain secret, err error) {
 	user, userErr := url.QueryUnescape(user)
 	password, passwordErr := url.QueryUnescape(password)
 	if err != nil || userErr != nil || passwordErr != nil {
-		return "", "", errBadClient
+		return "", "", nil // that is nobody's
 	}
 	if id != "" && id != user {
-		return "", "", errTwoClients
+		return "", "", errTwoMethods.because("The client_id in the form is not that of the Authorization header.")
 	}
 	return user, secret(password), nil
 }

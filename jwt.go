@@ -268,22 +268,13 @@ func (k *keyset) mac(label, message string) []byte {
 	return h.Sum(nil)
 }
 
-// A jwk is a public key as it is published (RFC 7517, section 4).
-type jwk struct {
-	Type string `json:"kty"`
-	Use  string `json:"use"`
-	Alg  string `json:"alg"`
-	ID   string `json:"kid"`
-	N    string `json:"n"`
-	E    string `json:"e"`
-}
-
-// jwks lists every key that verifies, the signing key's first.
-func (k *keyset) jwks() []jwk {
-	var list []jwk
+// jwks lists every key that verifies, the signing key's first, as it is
+// published (RFC 7517, section 4).
+func (k *keyset) jwks() []map[string]string {
+	var list []map[string]string
 	for _, p := range k.public {
 		n, e := encodeNumbers(p.key)
-		list = append(list, jwk{Type: "RSA", Use: "sig", Alg: "RS256", ID: p.kid, N: n, E: e})
+		list = append(list, map[string]string{"kty": "RSA", "use": "sig", "alg": "RS256", "kid": p.kid, "n": n, "e": e})
 	}
 	return list
 }

@@ -119,7 +119,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		do = func(s *server) error { return s.serve(ctx) }
 	case len(args) == 2 && args[0] == "bootstrap":
 		do = func(s *server) error { return s.bootstrap(ctx, args[1], stdout) }
-	case len(args) <= 2 && args[0] == "verify-audit":
+	case len(args) <= 2 && args[0] == "verify-audit" && args[len(args)-1] != "":
 		do = func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout) }
 	default:
 		return fmt.Errorf("%q is no command, or not with these operands; -h lists them", args)
@@ -146,7 +146,7 @@ func version() string {
 
 // checkHealth is for container images, which have no shell and no curl.
 func checkHealth(address string) error {
-	answer, err := (&http.Client{Timeout: storeTimeout}).Get("http://" + address + "/health")
+	answer, err := (&http.Client{Timeout: storeTimeout, Transport: &http.Transport{}}).Get("http://" + address + "/health")
 	if err != nil {
 		return err
 	}
@@ -345,6 +345,20 @@ func execSQL(ctx context.Context, db querier, doing, sql string, args ...any) er
 	return nil
 }
 
+// transact runs a transaction in which each statement sees what was committed
+// before it: under a database's stricter default, the head of the audit chain
+// would be that of before its lock, and the chain would fork.
+func transact(ctx context.Context, db *pgxpool.Pool, do func(pgx.Tx) error) error {
+	return pgx.BeginTxFunc(ctx, db, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, do)
+}
+
+// redisLog makes lines of ours of what the Redis client logs.
+type redisLog struct{}
+
+func (redisLog) Printf(_ context.Context, format string, args ...any) {
+	slog.Debug("redis client", "message", fmt.Sprintf(format, args...))
+}
+
 // A server holds nothing that another copy would need.
 type server struct {
 	cfg      config
@@ -361,6 +375,7 @@ type server struct {
 // open connects to both stores and applies the schema, one copy at a time. It
 // waits for PostgreSQL for a minute; without Redis the service can do.
 func open(ctx context.Context, cfg config) (*server, error) {
+	redis.SetLogger(redisLog{})
 	cfg.database.ConnConfig.ConnectTimeout = storeTimeout
 	own := cfg.database.Copy()
 	own.MaxConns = 2
@@ -370,8 +385,8 @@ func open(ctx context.Context, cfg config) (*server, error) {
 		return nil, fmt.Errorf("opening the database: %w", err)
 	}
 	o := *cfg.redis
-	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, redisTimeout
-	o.ContextTimeoutEnabled, o.MaxRetries, o.DisableIdentity = true, -1, true
+	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, 4*redisTimeout
+	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s := &server{
 		cfg: cfg, keys: cfg.keys, db: db, inner: inner, redis: &cache{Client: redis.NewClient(&o)},
@@ -380,8 +395,8 @@ func open(ctx context.Context, cfg config) (*server, error) {
 	waiting, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for err = s.applySchema(waiting); err != nil && waiting.Err() == nil; err = s.applySchema(waiting) {
-		if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Code[0] != '5' {
-			break // classes 53, 55 and 57 pass by themselves: too busy, locked, starting
+		if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Code[0] != '5' && refusal.Code[:2] != "40" {
+			break // classes 40, 53, 55 and 57 pass by themselves: deadlock, too busy, locked, starting
 		}
 		slog.Warn("waiting for PostgreSQL", "error", err)
 		time.Sleep(time.Second)
@@ -396,7 +411,7 @@ func open(ctx context.Context, cfg config) (*server, error) {
 func (s *server) applySchema(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	return pgx.BeginFunc(ctx, s.inner, func(tx pgx.Tx) error {
+	return transact(ctx, s.inner, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `select pg_advisory_xact_lock($1)`, schemaLock); err != nil {
 			return err
 		}
@@ -434,7 +449,7 @@ func (s *server) serve(ctx context.Context) error {
 	slog.Info("stopping")
 	s.draining.Store(true)
 	time.Sleep(drainTime) // who asks for our health sends no more
-	finish, cancel := context.WithTimeout(context.Background(), 2*requestTimeout)
+	finish, cancel := context.WithTimeout(context.Background(), 4*requestTimeout)
 	defer cancel()
 	err = web.Shutdown(finish)
 	slog.Info("stopped")
@@ -737,7 +752,6 @@ func (p problem) with(details map[string]any) *problem {
 var (
 	errValidation = &problem{status: 400, code: "VALIDATION_ERROR", message: "The request has faults."}
 	errTwoMethods = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "Authenticate in one way: one Authorization header, or a secret in the form."}
-	errTwoClients = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "The client_id in the form is not that of the Authorization header."}
 	errForm       = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "The form has faults."}
 	errGrantType  = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_grant_type", message: "The only grant_type here is client_credentials."}
 	errScope      = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_scope", message: "The scope has faults."}
@@ -858,8 +872,8 @@ func (r *request) readBody() ([]byte, error) {
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return nil, errTooLarge
 	}
-	if err != nil {
-		return nil, errForm.because("The body could not be read.")
+	if err != nil || r.Context().Err() != nil {
+		return nil, errForm.because("The body could not be read in time.")
 	}
 	return body, nil
 }
@@ -1023,7 +1037,7 @@ type change struct {
 // what it revoked is refused by every copy. An event without an action is none.
 func (s *server) change(r *request, do func(context.Context, *change) (event, error)) error {
 	ctx, tx := r.Context(), &change{}
-	err := pgx.BeginFunc(ctx, s.db, func(begun pgx.Tx) error {
+	err := transact(ctx, s.db, func(begun pgx.Tx) error {
 		tx.Tx = begun
 		e, err := do(ctx, tx)
 		if err != nil || e.Action == "" {

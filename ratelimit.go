@@ -66,7 +66,8 @@ var giveBackScript = redis.NewScript(`
 if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('DECR', KEYS[1]) end
 return {}`)
 
-// redisTimeout is the longest that one call to Redis may take.
+// redisTimeout is the longest that a call waits for Redis, once for each of
+// connecting, writing and reading.
 const redisTimeout = 250 * time.Millisecond
 
 // A cache is Redis while it answers. After three failures in a row it isn't
@@ -89,7 +90,7 @@ func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, ar
 	reply, err := c.run(ctx, script, keys, args...)
 	if err != nil {
 		c.missed.Add(1)
-		if c.failures.Add(1) == 3 {
+		if !errors.Is(err, redis.ErrPoolTimeout) && c.failures.Add(1) == 3 {
 			slog.Error("redis lost: limits let through, revocation asks PostgreSQL", "error", err)
 		}
 		return nil, err
@@ -101,9 +102,7 @@ func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, ar
 // run calls a script, also while Redis seems lost, and though the request is at
 // its end: that says nothing of Redis. It fails with errNoRedis.
 func (c *cache) run(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), redisTimeout)
-	defer cancel()
-	reply, err := script.Run(ctx, c.Client, keys, args...).Slice()
+	reply, err := script.Run(context.WithoutCancel(ctx), c.Client, keys, args...).Slice()
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errNoRedis, err)
 	}
@@ -217,9 +216,8 @@ func nextMonth(t time.Time) time.Time {
 // or the /64 of an IPv6 one, since that is what one host is given.
 func addressKey(a netip.Addr) string {
 	if a.Is6() {
-		if p, err := a.WithZone("").Prefix(64); err == nil {
-			return "ip:" + p.Addr().String()
-		}
+		network, _ := a.Prefix(64)
+		a = network.Addr()
 	}
 	return "ip:" + a.String()
 }

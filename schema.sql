@@ -81,6 +81,9 @@ create table if not exists audit_events (
 ) partition by range ("timestamp");
 create index if not exists audit_events_event_id on audit_events (event_id);
 create index if not exists audit_events_agent_id on audit_events (agent_id, seq);
+-- Counts a client's tokens of this month, where Redis has lost its quota.
+create index if not exists audit_events_issued on audit_events (agent_id, "timestamp")
+    where action = 'token.issued' and outcome = 'success';
 -- Of the two everyday actions a page is soon full without an index.
 create index if not exists audit_events_rare_action on audit_events (action, seq)
     where action not in ('token.issued', 'token.introspected');

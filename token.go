@@ -436,10 +436,12 @@ func (s *server) keepWarm(ctx context.Context) error {
 func (s *server) forgetQuotas(ctx context.Context) error {
 	keys := s.redis.Scan(ctx, 0, "monthly:*", 1000).Iterator()
 	for keys.Next(ctx) {
-		s.redis.Unlink(ctx, keys.Val()) // if it fails, so does what follows
+		if err := s.redis.Unlink(ctx, keys.Val()).Err(); err != nil {
+			return fmt.Errorf("%w: forgetting quotas: %w", errNoRedis, err)
+		}
 	}
 	if err := keys.Err(); err != nil {
-		return fmt.Errorf("%w: forgetting quotas: %w", errNoRedis, err)
+		return fmt.Errorf("%w: listing quotas: %w", errNoRedis, err)
 	}
 	return nil
 }

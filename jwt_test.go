@@ -1,0 +1,855 @@
+package main
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/sha512"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"maps"
+	"math/big"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+const testIssuer = "https://id.example.com"
+
+// Two more keys beside testKey; making one takes seconds under -race.
+var (
+	secondKey = sync.OnceValue(makeKey)
+	thirdKey  = sync.OnceValue(makeKey)
+)
+
+func makeKey() string {
+	key, err := newKeyPEM()
+	if err != nil {
+		panic(err)
+	}
+	return string(key)
+}
+
+// privateKey reads the PEM that newKeyPEM makes.
+func privateKey(t testing.TB, text string) *rsa.PrivateKey {
+	t.Helper()
+	block, _ := pem.Decode([]byte(text))
+	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key.(*rsa.PrivateKey)
+}
+
+// publicPEM is the public half of such a PEM, in PKIX.
+func publicPEM(t testing.TB, text string) string {
+	t.Helper()
+	return pkix(t, &privateKey(t, text).PublicKey)
+}
+
+func pkix(t testing.TB, key any) string {
+	t.Helper()
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
+}
+
+// readKeys is what the configuration does with both variables.
+func readKeys(private, public string) (*keyset, error) {
+	k, err := newKeyset(private)
+	if err == nil {
+		_, err = k.publish(public)
+	}
+	return k, err
+}
+
+func mustReadKeys(t testing.TB, private, public string) *keyset {
+	t.Helper()
+	k, err := readKeys(private, public)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+// encode is base64url without padding, written again here so that a fault of
+// the program's own can't hide.
+func encode(text string) string { return base64.RawURLEncoding.EncodeToString([]byte(text)) }
+
+// readPart decodes the header (0) or the payload (1) of a token.
+func readPart(t testing.TB, token string, i int) string {
+	t.Helper()
+	b, err := base64.RawURLEncoding.DecodeString(strings.Split(token, ".")[i])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// sign256 signs what stands before the signature with RS256, whatever it is.
+func sign256(t testing.TB, key *rsa.PrivateKey, signed string) string {
+	t.Helper()
+	digest := sha256.Sum256([]byte(signed))
+	sig, err := rsa.SignPKCS1v15(nil, key, crypto.SHA256, digest[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed + "." + encode(string(sig))
+}
+
+func forge(t testing.TB, key *rsa.PrivateKey, header, payload string) string {
+	t.Helper()
+	return sign256(t, key, encode(header)+"."+encode(payload))
+}
+
+// withClaim sets a claim of a payload to some JSON; "" takes it away.
+func withClaim(t testing.TB, payload, name, value string) string {
+	t.Helper()
+	member := regexp.MustCompile(`"` + name + `":("[^"]*"|[0-9]+),?`)
+	if !member.MatchString(payload) {
+		t.Fatalf("%s has no %s", payload, name)
+	}
+	replacement := ""
+	if value != "" {
+		replacement = `"` + name + `":` + value + `,`
+	}
+	return strings.Replace(member.ReplaceAllLiteralString(payload, replacement), ",}", "}", 1)
+}
+
+// goodClaims are valid at now for an hour.
+func goodClaims(now time.Time) claims {
+	return claims{
+		Issuer: testIssuer, Subject: newID(), Audience: audience{testIssuer}, ClientID: newID(), Scope: "resumes:read resumes:score",
+		ID: newID(), IssuedAt: now.Unix(), Expires: now.Unix() + 3600, CredentialID: newID(), SecretID: newID(),
+	}
+}
+
+type badToken struct{ name, token string }
+
+// badTokens are tokens that no verifier may accept, made from a good one: most
+// are signed by the right key, so that nothing but the fault can refuse them.
+func badTokens(t testing.TB, key *rsa.PrivateKey, good string, at time.Time) []badToken {
+	t.Helper()
+	var bad []badToken
+	add := func(name, token string) { bad = append(bad, badToken{name, token}) }
+	parts := strings.Split(good, ".")
+	header64, payload64, sig64 := parts[0], parts[1], parts[2]
+	header, payload := readPart(t, good, 0), readPart(t, good, 1)
+	var h struct{ Alg, Typ, Kid string }
+	if err := json.Unmarshal([]byte(header), &h); err != nil {
+		t.Fatal(err)
+	}
+
+	// The algorithm is never the token's choice (RFC 8725, section 3.1).
+	withAlg := func(alg string) string { return strings.Replace(header, "RS256", alg, 1) }
+	for _, alg := range []string{"none", "None", "NONE", "nOnE", ""} {
+		unsigned := encode(withAlg(alg)) + "." + payload64 + "."
+		add("alg "+alg+" without signature", unsigned)
+		add("alg "+alg+" with the good signature", unsigned+sig64)
+		add("alg "+alg+" signed", forge(t, key, withAlg(alg), payload))
+	}
+	add("no alg", forge(t, key, fmt.Sprintf(`{"typ":%q,"kid":%q}`, h.Typ, h.Kid), payload))
+	add("alg twice", forge(t, key, strings.Replace(header, `"alg"`, `"alg":"none","alg"`, 1), payload))
+	add("alg as array", forge(t, key, strings.Replace(header, `"RS256"`, `["RS256"]`, 1), payload))
+	add("alg in lower case", forge(t, key, withAlg("rs256"), payload))
+	public := pkix(t, &key.PublicKey)
+	block, _ := pem.Decode([]byte(public))
+	for name, secret := range map[string]string{
+		"the public PEM": public, "the PEM without its last newline": strings.TrimSpace(public),
+		"the public DER": string(block.Bytes), "the modulus": string(key.N.Bytes()), "nothing": "",
+	} {
+		for alg, signed := range map[string]string{
+			"HS256": encode(withAlg("HS256")) + "." + payload64,
+			"RS256": header64 + "." + payload64,
+		} {
+			mac := hmac.New(sha256.New, []byte(secret))
+			mac.Write([]byte(signed))
+			add("HMAC keyed with "+name+" as "+alg, signed+"."+encode(string(mac.Sum(nil))))
+		}
+	}
+	for alg, hash := range map[string]crypto.Hash{"RS384": crypto.SHA384, "RS512": crypto.SHA512} {
+		for _, said := range []string{alg, "RS256"} {
+			signed := encode(withAlg(said)) + "." + payload64
+			digest := sha512.New()
+			if hash == crypto.SHA384 {
+				digest = sha512.New384()
+			}
+			digest.Write([]byte(signed))
+			sig, err := rsa.SignPKCS1v15(nil, key, hash, digest.Sum(nil))
+			if err != nil {
+				t.Fatal(err)
+			}
+			add("signed as "+alg+" with alg "+said, signed+"."+encode(string(sig)))
+		}
+	}
+	for _, said := range []string{"PS256", "RS256"} {
+		signed := encode(withAlg(said)) + "." + payload64
+		digest := sha256.Sum256([]byte(signed))
+		sig, err := rsa.SignPSS(rand.Reader, key, crypto.SHA256, digest[:], nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		add("signed as PS256 with alg "+said, signed+"."+encode(string(sig)))
+	}
+	elliptic256, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := encode(withAlg("ES256")) + "." + payload64
+	digest := sha256.Sum256([]byte(signed))
+	r, s, err := ecdsa.Sign(rand.Reader, elliptic256, digest[:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	add("ES256", signed+"."+encode(string(append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...))))
+
+	// The rest of the header.
+	more := func(member string) string { return header[:len(header)-1] + "," + member + "}" }
+	for name, changed := range map[string]string{
+		"crit of exp": more(`"crit":["exp"]`), "empty crit": more(`"crit":[]`), "crit of b64": more(`"crit":["b64"],"b64":false`),
+		"no typ":                  fmt.Sprintf(`{"alg":"RS256","kid":%q}`, h.Kid),
+		"typ JWT":                 strings.Replace(header, h.Typ, "JWT", 1),
+		"typ of an ID":            strings.Replace(header, h.Typ, "id+jwt", 1),
+		"typ AT+JWT":              strings.Replace(header, h.Typ, "AT+JWT", 1),
+		"typ as MIME":             strings.Replace(header, h.Typ, "application/at+jwt", 1),
+		"typ of the log":          strings.Replace(header, h.Typ, auditCheckpoint, 1),
+		"no kid":                  fmt.Sprintf(`{"alg":"RS256","typ":%q}`, h.Typ),
+		"kid null":                strings.Replace(header, `"`+h.Kid+`"`, `null`, 1),
+		"kid as array":            strings.Replace(header, `"`+h.Kid+`"`, `["`+h.Kid+`"]`, 1),
+		"kid as number":           strings.Replace(header, `"`+h.Kid+`"`, `1`, 1),
+		"kid as path":             strings.Replace(header, h.Kid, "../../../../dev/null", 1),
+		"kid as SQL":              strings.Replace(header, h.Kid, "' union select 'x' --", 1),
+		"kid with NUL":            strings.Replace(header, h.Kid, h.Kid+`\u0000`, 1),
+		"kid unknown":             strings.Replace(header, h.Kid, strings.Repeat("A", 43), 1),
+		"kid twice":               more(`"kid":"` + h.Kid + `"`),
+		"jwk":                     more(`"jwk":{"kty":"RSA","n":"` + encode(string(key.N.Bytes())) + `","e":"AQAB"}`),
+		"jku":                     more(`"jku":"https://evil.example.com/jwks.json"`),
+		"x5u":                     more(`"x5u":"https://evil.example.com/cert.pem"`),
+		"x5c":                     more(`"x5c":["MIIB"]`),
+		"zip":                     more(`"zip":"DEF"`),
+		"space in header":         strings.Replace(header, ",", ", ", 1),
+		"header in another order": fmt.Sprintf(`{"typ":%q,"alg":"RS256","kid":%q}`, h.Typ, h.Kid),
+		"header is null":          "null", "header is an array": "[" + header + "]", "header is empty": "", "header is no JSON": "RS256",
+	} {
+		add(name, forge(t, key, changed, payload))
+	}
+	add("padded header", sign256(t, key, header64+"=."+payload64))
+
+	// Another key, also one that the header carries.
+	other := privateKey(t, secondKey())
+	own := `"jwk":{"kty":"RSA","n":"` + encode(string(other.N.Bytes())) + `","e":"AQAB"}`
+	add("another key under our kid", sign256(t, other, header64+"."+payload64))
+	add("another key as jwk", forge(t, other, more(own), payload))
+	thumbprint := sha256.Sum256([]byte(`{"e":"AQAB","kty":"RSA","n":"` + encode(string(other.N.Bytes())) + `"}`))
+	add("another key under its own kid", forge(t, other, strings.Replace(header, h.Kid, encode(string(thumbprint[:])), 1), payload))
+
+	// The payload, signed with the right header by the right key.
+	now := at.Unix()
+	for _, row := range []struct{ name, claim, value string }{
+		{"expired", "exp", fmt.Sprint(now - 1)}, {"expires now", "exp", fmt.Sprint(now)},
+		{"exp as string", "exp", fmt.Sprintf(`"%d"`, now+60)}, {"exp null", "exp", "null"}, {"no exp", "exp", ""},
+		{"exp 1e400", "exp", "1e400"}, {"exp 1e10", "exp", "1e10"}, {"exp 9e18", "exp", "99999999999999999999"},
+		{"exp negative", "exp", "-1"}, {"exp with a fraction", "exp", fmt.Sprintf("%d.5", now+60)}, {"exp true", "exp", "true"},
+		{"exp as array", "exp", fmt.Sprintf("[%d]", now+60)},
+		{"iat to come", "iat", fmt.Sprint(now + 600)}, {"iat as string", "iat", fmt.Sprintf(`"%d"`, now)}, {"no iat", "iat", ""},
+		{"another issuer", "iss", `"https://evil.example.com"`}, {"no issuer", "iss", ""}, {"issuer null", "iss", "null"},
+		{"issuer as array", "iss", `["` + testIssuer + `"]`}, {"empty issuer", "iss", `""`},
+		{"no sub", "sub", ""}, {"no client_id", "client_id", ""}, {"no jti", "jti", ""}, {"no scope", "scope", ""}, {"no aud", "aud", ""},
+		{"no credential_id", "credential_id", ""}, {"no secret_id", "secret_id", ""},
+		{"sub null", "sub", "null"}, {"sub as number", "sub", "1"}, {"scope as array", "scope", `["agents:write"]`},
+		{"aud with a number", "aud", `["` + testIssuer + `",1]`}, {"aud as object", "aud", `{}`},
+	} {
+		add(row.name, forge(t, key, header, withClaim(t, payload, row.claim, row.value)))
+	}
+	var c claims
+	if err := json.Unmarshal([]byte(payload), &c); err != nil {
+		t.Fatal(err)
+	}
+	inside := payload[1 : len(payload)-1]
+	for name, changed := range map[string]string{
+		"issuer with a slash":        strings.Replace(payload, `"iss":"`+c.Issuer, `"iss":"`+c.Issuer+"/", 1),
+		"issuer cut short":           strings.Replace(payload, `"iss":"`+c.Issuer, `"iss":"`+c.Issuer[:len(c.Issuer)-1], 1),
+		"issuer in upper case":       strings.Replace(payload, `"iss":"http`, `"iss":"HTTP`, 1),
+		"nbf to come":                "{" + inside + fmt.Sprintf(`,"nbf":%d}`, now+600),
+		"an unknown claim":           "{" + inside + `,"admin":true}`,
+		"exp twice":                  fmt.Sprintf(`{"exp":%d,%s}`, now+7200, inside),
+		"scope twice":                "{" + inside + `,"scope":"agents:write"}`,
+		"scope once more as Scope":   "{" + inside + `,"Scope":"agents:write"}`,
+		"EXP in place of exp":        strings.Replace(payload, `"exp"`, `"EXP"`, 1),
+		"escaped name":               strings.Replace(payload, `"exp"`, `"\u0065xp"`, 1),
+		"claims in another order":    withClaim(t, payload, "exp", "")[:len(withClaim(t, payload, "exp", ""))-1] + fmt.Sprintf(`,"exp":%d}`, c.Expires),
+		"invalid UTF-8":              strings.Replace(payload, `"scope":"`, "\"scope\":\"\xff", 1),
+		"half a surrogate":           strings.Replace(payload, `"scope":"`, `"scope":"\ud800`, 1),
+		"byte order mark":            "\ufeff" + payload,
+		"space before":               " " + payload,
+		"newline after":              payload + "\n",
+		"a second object":            payload + payload,
+		"cut short":                  payload[:len(payload)-1],
+		"payload is empty":           "",
+		"payload is an empty object": "{}",
+		"payload is null":            "null",
+		"payload is an array":        "[" + payload + "]",
+		"payload is a string":        fmt.Sprintf("%q", payload),
+		"payload is a number":        "1",
+		"deep":                       strings.Replace(payload, `"iss"`, `"x":`+strings.Repeat("[", 5000)+strings.Repeat("]", 5000)+`,"iss"`, 1),
+		"oversize":                   strings.Replace(payload, `"scope":"`, `"scope":"`+strings.Repeat("x", 13<<10), 1),
+	} {
+		if changed == payload {
+			t.Fatalf("%s: nothing is changed", name)
+		}
+		add(name, forge(t, key, header, changed))
+	}
+
+	// The signature and the compact form. Go's base64 skips newlines and spare
+	// bits, and a modulus may be added to a signature.
+	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	last := strings.IndexByte(alphabet, sig64[len(sig64)-1])
+	sig, _ := base64.RawURLEncoding.DecodeString(sig64)
+	longer := new(big.Int).Add(new(big.Int).SetBytes(sig), key.N)
+	flipped := slices.Clone(sig)
+	flipped[100] ^= 1
+	before := header64 + "." + payload64
+	for name, token := range map[string]string{
+		"spare bits in the signature": good[:len(good)-1] + string(alphabet[last|1]),
+		"newline in the signature":    before + "." + sig64[:9] + "\n" + sig64[9:],
+		"newline after the signature": good + "\n",
+		"CRLF after the signature":    good + "\r\n",
+		"newline before":              "\n" + good,
+		"newline in the payload":      header64 + "." + payload64[:9] + "\n" + payload64[9:] + "." + sig64,
+		"padded signature":            good + "==",
+		"padded signature, escaped":   good + "%3D%3D",
+		"space before the token":      " " + good,
+		"NUL after the token":         good + "\x00",
+		"signature missing":           before,
+		"signature empty":             before + ".",
+		"signature cut short":         good[:len(good)-4],
+		"signature too long":          good + "AAAA",
+		"signature with zero before":  before + "." + encode("\x00"+string(sig)),
+		"signature of zeros":          before + "." + encode(string(make([]byte, len(sig)))),
+		"signature of one":            before + "." + encode(string(append(make([]byte, len(sig)-1), 1))),
+		"signature plus modulus":      before + "." + encode(string(longer.Bytes())),
+		"one bit of the signature":    before + "." + encode(string(flipped)),
+		"signature in hexadecimal":    before + "." + fmt.Sprintf("%x", sig),
+		"standard base64":             before + "." + base64.RawStdEncoding.EncodeToString(append([]byte{0xff, 0xff}, sig[2:]...)),
+		"one letter of the payload":   header64 + ".f" + payload64[1:] + "." + sig64,
+		"a fourth part":               good + ".AAAA",
+		"a fourth part that is empty": good + ".",
+		"five parts":                  good + "." + good,
+		"a part before":               "." + good,
+		"dots alone":                  "..",
+		"one dot":                     ".",
+		"a word":                      "garbage",
+		"the scheme too":              "Bearer " + good,
+		"the token in JSON":           `{"payload":"` + payload64 + `","protected":"` + header64 + `","signature":"` + sig64 + `"}`,
+		"the token twice":             good + good,
+		"the payload's signature":     sign256(t, key, payload64),
+		"another token's payload":     header64 + "." + encode(withClaim(t, payload, "scope", `"agents:write"`)) + "." + sig64,
+	} {
+		add(name, token)
+	}
+	return bad
+}
+
+func TestVerifyAcceptsOnlyWhatWeSigned(t *testing.T) {
+	t.Parallel()
+	keys, now := mustReadKeys(t, testKey(), ""), time.Now()
+	want := goodClaims(now)
+	good, err := keys.sign(accessToken, want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := keys.verify(good, testIssuer, now)
+	if err != nil || fmt.Sprint(got) != fmt.Sprint(want) {
+		t.Fatalf("verify(what sign made) = %v, %v, want %v", got, err, want)
+	}
+	// What forge makes is good too, so that below only the fault is refused.
+	if forged := forge(t, privateKey(t, testKey()), readPart(t, good, 0), readPart(t, good, 1)); forged != good {
+		t.Fatalf("forge makes %q, want %q", forged, good)
+	}
+	for _, bad := range badTokens(t, privateKey(t, testKey()), good, now) {
+		c, err := keys.verify(bad.token, testIssuer, now)
+		if err != errBadToken || fmt.Sprint(c) != fmt.Sprint(claims{}) {
+			t.Errorf("%s: verify(%q) = %v, %v, want no claims and errBadToken", bad.name, bad.token, c, err)
+		}
+	}
+	if _, err := keys.verify("", testIssuer, now); err != errBadToken {
+		t.Errorf("verify(%q) = %v, want errBadToken", "", err)
+	}
+}
+
+// An access token lives from iat, minus what another copy's clock may be
+// ahead, to just before exp (RFC 7519, section 4.1.4).
+func TestVerifyHoldsTheTimes(t *testing.T) {
+	t.Parallel()
+	keys, issued := mustReadKeys(t, testKey(), ""), time.Unix(1_800_000_000, 0)
+	token, err := keys.sign(accessToken, goodClaims(issued))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		after time.Duration
+		good  bool
+	}{
+		{-time.Hour, false}, {-(clockSkew + 1) * time.Second, false}, {-clockSkew * time.Second, true}, {0, true},
+		{time.Hour - time.Second, true}, {time.Hour - time.Nanosecond, true}, {time.Hour, false}, {24 * time.Hour, false},
+	} {
+		if _, err := keys.verify(token, testIssuer, issued.Add(row.after)); (err == nil) != row.good {
+			t.Errorf("verify %v after iat = %v, want good %v", row.after, err, row.good)
+		}
+	}
+}
+
+// An audience of one is a string, of several an array, and each has one form.
+func TestAudienceForms(t *testing.T) {
+	t.Parallel()
+	keys, now := mustReadKeys(t, testKey(), ""), time.Now()
+	for _, row := range []struct {
+		aud  audience
+		wire string
+	}{
+		{audience{"https://a.example"}, `"aud":"https://a.example"`},
+		{audience{"https://a.example", "urn:b"}, `"aud":["https://a.example","urn:b"]`},
+		{audience{"https://a.example/?x=<&>"}, `"aud":"https://a.example/?x=\u003c\u0026\u003e"`},
+	} {
+		c := goodClaims(now)
+		c.Audience = row.aud
+		token, err := keys.sign(accessToken, c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if payload := readPart(t, token, 1); !strings.Contains(payload, row.wire) {
+			t.Errorf("sign(%q) makes %s, want %s", row.aud, payload, row.wire)
+		}
+		if got, err := keys.verify(token, testIssuer, now); err != nil || !slices.Equal(got.Audience, row.aud) {
+			t.Errorf("verify(sign(%q)) = %q, %v", row.aud, got.Audience, err)
+		}
+	}
+	c := goodClaims(now)
+	token, _ := keys.sign(accessToken, c)
+	alone := withClaim(t, readPart(t, token, 1), "aud", `["`+testIssuer+`"]`)
+	if _, err := keys.verify(forge(t, privateKey(t, testKey()), readPart(t, token, 0), alone), testIssuer, now); err == nil {
+		t.Error("an array of one audience is accepted, which we never write")
+	}
+}
+
+// RFC 8725, section 3.11: what is signed for one purpose is worthless for
+// another.
+func TestCheckpointIsNoAccessToken(t *testing.T) {
+	t.Parallel()
+	keys, now := mustReadKeys(t, testKey(), ""), time.Now()
+	c := goodClaims(now)
+	for typ, other := range map[string]string{accessToken: auditCheckpoint, auditCheckpoint: accessToken} {
+		token, err := keys.sign(typ, c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var into claims
+		if err := keys.open(typ, token, &into); err != nil || into.ID != c.ID {
+			t.Errorf("open(%q) of a %s = %v, want it open", typ, typ, err)
+		}
+		if err := keys.open(other, token, &into); err != errBadToken {
+			t.Errorf("open(%q) of a %s = %v, want errBadToken", other, typ, err)
+		}
+		if _, err := keys.verify(token, testIssuer, now); (err == nil) != (typ == accessToken) {
+			t.Errorf("verify of a %s = %v", typ, err)
+		}
+	}
+}
+
+func TestKeysInEveryForm(t *testing.T) {
+	t.Parallel()
+	key := privateKey(t, testKey())
+	pkcs1 := string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}))
+	public := pkix(t, &key.PublicKey)
+	publicPKCS1 := string(pem.EncodeToMemory(&pem.Block{Type: "RSA PUBLIC KEY", Bytes: x509.MarshalPKCS1PublicKey(&key.PublicKey)}))
+	second, third := publicPEM(t, secondKey()), publicPEM(t, thirdKey())
+	elliptic256, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ellipticDER, err := x509.MarshalPKCS8PrivateKey(elliptic256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ellipticPEM := string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: ellipticDER}))
+	small, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	smallPEM := string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(small)}))
+	// A public key of so many bits, which nobody has the private half of.
+	sized := func(bits uint, e int) string {
+		n := new(big.Int).SetBit(big.NewInt(1), int(bits)-1, 1)
+		return pkix(t, &rsa.PublicKey{N: n, E: e})
+	}
+	escaped := func(text string) string { return strings.ReplaceAll(text, "\n", `\n`) }
+
+	for _, row := range []struct {
+		name, private, public string
+		keys                  int // 0: refused
+	}{
+		{"PKCS#8", testKey(), "", 1},
+		{"PKCS#1", pkcs1, "", 1},
+		{"escaped newlines", escaped(testKey()), escaped(second + third), 3},
+		{"escaped newlines in PKCS#1", escaped(pkcs1), "", 1},
+		{"CRLF", strings.ReplaceAll(testKey(), "\n", "\r\n"), strings.ReplaceAll(second, "\n", "\r\n"), 2},
+		{"space around", "\n" + testKey() + "\n \n", "\n\n" + second + "\n\n" + third + "\n ", 3},
+		{"public keys in PKIX and PKCS#1", secondKey(), third + publicPKCS1, 3},
+		{"its own public key", testKey(), public, 1},
+		{"one public key in two forms", secondKey(), public + publicPKCS1 + public, 2},
+		{"public key of 2048 bits", testKey(), sized(2048, 65537), 2},
+		{"public key of 8192 bits", testKey(), sized(8192, 65537), 2},
+
+		{"nothing", "", "", 0},
+		{"garbage", "garbage", "", 0},
+		{"PEM of garbage", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("garbage")})), "", 0},
+		{"cut short", testKey()[:len(testKey())/2], "", 0},
+		{"two private blocks", testKey() + secondKey(), "", 0},
+		{"text behind the private key", testKey() + "garbage", "", 0},
+		{"public key as private", public, "", 0},
+		{"elliptic private key", ellipticPEM, "", 0},
+		{"private key of 1024 bits", smallPEM, "", 0},
+		{"garbage as public", testKey(), "garbage", 0},
+		{"garbage behind the public key", testKey(), second + "garbage", 0},
+		{"garbage between public keys", testKey(), second + "-----BEGIN PUBLIC KEY-----\ngarbage\n-----END PUBLIC KEY-----\n" + third, 0},
+		{"private key as public", testKey(), secondKey(), 0},
+		{"elliptic public key", testKey(), pkix(t, &elliptic256.PublicKey), 0},
+		{"public key of 1024 bits", testKey(), pkix(t, &small.PublicKey), 0},
+		{"public key of 2047 bits", testKey(), sized(2047, 65537), 0},
+		{"public key of 8193 bits", testKey(), sized(8193, 65537), 0},
+		{"public exponent 3", testKey(), sized(2048, 3), 0},
+	} {
+		k, err := readKeys(row.private, row.public)
+		if row.keys == 0 {
+			if err == nil {
+				t.Errorf("%s: readKeys accepts it", row.name)
+			} else if strings.Contains(err.Error(), "MII") || strings.Contains(err.Error(), "garbage") {
+				t.Errorf("%s: the error %q shows what was in the key", row.name, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: readKeys = %v, want %d keys", row.name, err, row.keys)
+			continue
+		}
+		if got := len(k.jwks()); got != row.keys {
+			t.Errorf("%s: readKeys makes %d keys, want %d", row.name, got, row.keys)
+		}
+		// Whatever the form of the key, it signs and verifies.
+		token, err := k.sign(accessToken, goodClaims(time.Now()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := k.verify(token, testIssuer, time.Now()); err != nil {
+			t.Errorf("%s: verify(what it signed) = %v", row.name, err)
+		}
+	}
+	if one, two := mustReadKeys(t, testKey(), "").jwks(), mustReadKeys(t, pkcs1, "").jwks(); !maps.Equal(one[0], two[0]) {
+		t.Errorf("PKCS#8 and PKCS#1 of one key publish %v and %v", one, two)
+	}
+}
+
+// The example of RFC 7638, section 3.1.
+func TestThumbprintOfTheRFC(t *testing.T) {
+	t.Parallel()
+	const modulus = "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjBZCiFV4n3oknjhMstn64tZ_2W-" +
+		"5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn1n91CbOpbISD08q" +
+		"NLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw"
+	n, err := base64.RawURLEncoding.DecodeString(modulus)
+	if err != nil {
+		t.Fatal(err)
+	}
+	public := pkix(t, &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: 65537})
+	got := mustReadKeys(t, testKey(), public).jwks()[1]
+	want := map[string]string{"kty": "RSA", "use": "sig", "alg": "RS256", "kid": "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs", "n": modulus, "e": "AQAB"}
+	if !maps.Equal(got, want) {
+		t.Errorf("the RFC's key is published as %v, want %v", got, want)
+	}
+}
+
+// introspect asks with the first agent's token, which costs no bcrypt.
+func (v *service) introspect(token string) answer {
+	v.t.Helper()
+	return v.do("POST", "/api/v1/token/introspect", "token="+url.QueryEscape(token),
+		"Authorization", "Bearer "+v.bearer, "Content-Type", "application/x-www-form-urlencoded")
+}
+
+// isActive is introspect's answer, which must be exactly inactive or have
+// claims.
+func (v *service) isActive(token string) bool {
+	v.t.Helper()
+	a := v.want(v.introspect(token), 200, "")
+	if a.body["active"] != true && a.raw != "{\"active\":false}\n" {
+		v.t.Errorf("introspected as %s, want exactly {\"active\":false}", a.raw)
+	}
+	return a.body["active"] == true
+}
+
+func TestBadTokensAreRefusedOverHTTP(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	key, good := privateKey(t, testKey()), v.bearer
+	header, payload := readPart(t, good, 0), readPart(t, good, 1)
+	readSelf := func(token string) answer { return v.api(token, "GET", "/agents/"+v.id, "") }
+	v.want(readSelf(forge(t, key, header, payload)), 200, "")
+
+	refused := func(name, token string) {
+		t.Helper()
+		if v.isActive(token) {
+			t.Errorf("%s: introspected as active: %q", name, token)
+		}
+		// Neither Go's client nor a server lets control characters into a
+		// header, nor more than 16 kB.
+		if strings.ContainsAny(token, "\r\n\x00") || len(token) > 10<<10 {
+			return
+		}
+		a := readSelf(token)
+		challenge := a.header.Get("WWW-Authenticate")
+		if a.status != 401 || a.code() != "UNAUTHORIZED" || !strings.Contains(challenge, `Bearer `) || !strings.Contains(challenge, `error="invalid_token"`) {
+			t.Errorf("%s: GET with %q answered %v, %q, want 401 and invalid_token", name, token, a, challenge)
+		}
+	}
+	for _, bad := range badTokens(t, key, good, time.Now()) {
+		if bad.name == "space before the token" { // in a header that is one more space after the scheme
+			continue
+		}
+		refused(bad.name, bad.token)
+	}
+	refused("of another time's key", forge(t, privateKey(t, thirdKey()), header, payload))
+
+	// The log's own signature opens no door.
+	a := v.want(v.api(v.bearer, "GET", "/audit/verify", ""), 200, "")
+	refused("checkpoint", a.text("checkpoint"))
+	if a.text("checkpoint") == "" {
+		t.Error("there is no checkpoint")
+	}
+}
+
+// Whoever signs with the next key must be understood by copies that still sign
+// with the last one, and the other way round.
+func TestKeysRotateWithoutRefusals(t *testing.T) {
+	t.Parallel()
+	oldKey, newKey := testKey(), secondKey()
+	before := newService(t, "JWT_PUBLIC_KEY", publicPEM(t, newKey))
+	after := before.another("JWT_PRIVATE_KEY", newKey, "JWT_PUBLIC_KEY", publicPEM(t, oldKey)+publicPEM(t, thirdKey()))
+	last := before.another("JWT_PRIVATE_KEY", newKey, "JWT_PUBLIC_KEY", "")
+	ofOld, ofNew := before.bearer, after.token(before.id, before.secret, "")
+	after.bearer, last.bearer = ofNew, ofNew
+
+	kid := func(token string) string {
+		var h struct{ Kid string }
+		if err := json.Unmarshal([]byte(readPart(t, token, 0)), &h); err != nil {
+			t.Fatal(err)
+		}
+		return h.Kid
+	}
+	published := func(v *service) (kids []string) {
+		for _, k := range v.want(v.do("GET", "/.well-known/jwks.json", ""), 200, "").body["keys"].([]any) {
+			kids = append(kids, k.(map[string]any)["kid"].(string))
+		}
+		return kids
+	}
+	if kid(ofOld) == kid(ofNew) {
+		t.Fatal("the new key does not sign")
+	}
+	for _, row := range []struct {
+		name     string
+		v        *service
+		keys     int
+		old, new bool
+	}{
+		{"next key published", before, 2, true, true},
+		{"next key signs", after, 3, true, true},
+		{"last key retired", last, 1, false, true},
+	} {
+		kids := published(row.v)
+		if len(kids) != row.keys || len(slices.Compact(slices.Sorted(slices.Values(kids)))) != row.keys {
+			t.Errorf("%s: published are %q, want %d different ones", row.name, kids, row.keys)
+		}
+		for token, want := range map[string]bool{ofOld: row.old, ofNew: row.new} {
+			if slices.Contains(kids, kid(token)) != want {
+				t.Errorf("%s: kid %s among %q = %v, want %v", row.name, kid(token), kids, !want, want)
+			}
+			if got := row.v.isActive(token); got != want {
+				t.Errorf("%s: token of kid %s is active = %v, want %v", row.name, kid(token), got, want)
+			}
+			status := map[bool]int{true: 200, false: 401}[want]
+			if a := row.v.api(token, "GET", "/agents/"+before.id, ""); a.status != status {
+				t.Errorf("%s: GET with the token of kid %s answered %v, want %d", row.name, kid(token), a, status)
+			}
+		}
+	}
+}
+
+// A resource server finds the keys by the metadata and verifies a token with
+// nothing but the standard library.
+func TestResourceServerVerifiesByPublishedKeys(t *testing.T) {
+	t.Parallel()
+	v := newService(t, "JWT_PUBLIC_KEY", publicPEM(t, secondKey()))
+	fetch := func(address string) answer {
+		t.Helper()
+		path, ours := strings.CutPrefix(address, v.url)
+		if !ours {
+			t.Fatalf("%q is not below %q", address, v.url)
+		}
+		a := v.want(v.do("GET", path, ""), 200, "")
+		if got := a.header.Get("Content-Type"); got != "application/json" {
+			t.Errorf("%s is of type %q, want application/json", path, got)
+		}
+		if got := a.header.Get("Cache-Control"); got != "public, max-age=300" {
+			t.Errorf("%s has Cache-Control %q, want it cacheable", path, got)
+		}
+		return a
+	}
+	metadata := fetch(v.url + "/.well-known/oauth-authorization-server")
+	token := v.bearer
+	var header struct{ Alg, Typ, Kid string }
+	var c struct {
+		Iss, Sub, Aud, Scope, Jti string
+		ClientID                  string `json:"client_id"`
+		Iat, Exp                  int64
+	}
+	if err := json.Unmarshal([]byte(readPart(t, token, 0)), &header); err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal([]byte(readPart(t, token, 1)), &c); err != nil {
+		t.Fatal(err)
+	}
+	if header.Alg != "RS256" || header.Typ != "at+jwt" {
+		t.Errorf("the header of a token is %v, want RS256 and at+jwt", header)
+	}
+	if c.Iss != metadata.text("issuer") || c.Aud != c.Iss || c.Sub != v.id || c.ClientID != v.id || !isID(c.Jti) || c.Exp-c.Iat != 3600 {
+		t.Errorf("the claims of a token are %+v", c)
+	}
+
+	verified, kids := 0, map[string]bool{}
+	for _, entry := range fetch(metadata.text("jwks_uri")).body["keys"].([]any) {
+		k := entry.(map[string]any)
+		// Exactly these: every other member of an RSA key is private, or a
+		// trap for some client (RFC 7518, section 6.3.2).
+		if names := fmt.Sprint(slices.Sorted(maps.Keys(k))); names != "[alg e kid kty n use]" {
+			t.Errorf("a published key has %s", names)
+		}
+		if k["kty"] != "RSA" || k["use"] != "sig" || k["alg"] != "RS256" || kids[k["kid"].(string)] {
+			t.Errorf("published is %v", k)
+		}
+		kids[k["kid"].(string)] = true
+		n, nErr := base64.RawURLEncoding.DecodeString(k["n"].(string))
+		e, eErr := base64.RawURLEncoding.DecodeString(k["e"].(string))
+		if nErr != nil || eErr != nil {
+			t.Fatalf("%v, %v", nErr, eErr)
+		}
+		thumbprint := sha256.Sum256(fmt.Appendf(nil, `{"e":%q,"kty":"RSA","n":%q}`, k["e"], k["n"]))
+		if k["kid"] != encode(string(thumbprint[:])) {
+			t.Errorf("the kid %v is not the thumbprint of its key (RFC 7638)", k["kid"])
+		}
+		if k["kid"] != header.Kid {
+			continue
+		}
+		public := &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(new(big.Int).SetBytes(e).Int64())}
+		signed, sig64, _ := cutLast(token, ".")
+		sig, err := base64.RawURLEncoding.DecodeString(sig64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		digest := sha256.Sum256([]byte(signed))
+		if err := rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], sig); err != nil {
+			t.Errorf("the token does not verify with the published key: %v", err)
+		}
+		verified++
+	}
+	if verified != 1 || len(kids) != 2 {
+		t.Errorf("%d of %d published keys verify the token, want 1 of 2", verified, len(kids))
+	}
+}
+
+func cutLast(s, sep string) (before, after string, found bool) {
+	i := strings.LastIndex(s, sep)
+	if i < 0 {
+		return s, "", false
+	}
+	return s[:i], s[i+len(sep):], true
+}
+
+// What real client libraries insist on in RFC 8414 metadata, and what they
+// probe for beside it.
+func TestMetadataThatClientsAccept(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	a := v.want(v.do("GET", "/.well-known/oauth-authorization-server", ""), 200, "")
+	methods := "[client_secret_basic client_secret_post]"
+	want := map[string]string{
+		"issuer":                                        v.url,
+		"authorization_endpoint":                        v.url + "/api/v1/authorize",
+		"token_endpoint":                                v.url + "/api/v1/token",
+		"introspection_endpoint":                        v.url + "/api/v1/token/introspect",
+		"revocation_endpoint":                           v.url + "/api/v1/token/revoke",
+		"jwks_uri":                                      v.url + "/.well-known/jwks.json",
+		"grant_types_supported":                         "[client_credentials]",
+		"response_types_supported":                      "[none]",
+		"code_challenge_methods_supported":              "[S256]",
+		"scopes_supported":                              "[agents:read agents:write tokens:read audit:read credentials:write]",
+		"token_endpoint_auth_methods_supported":         methods,
+		"introspection_endpoint_auth_methods_supported": methods,
+		"revocation_endpoint_auth_methods_supported":    methods,
+	}
+	for name, value := range want {
+		if got := fmt.Sprint(a.body[name]); got != value {
+			t.Errorf("metadata has %s %s, want %s", name, got, value)
+		}
+	}
+	for name := range a.body {
+		if _, expected := want[name]; !expected {
+			t.Errorf("metadata has %s, which nothing here serves", name)
+		}
+	}
+	v.want(v.do("GET", "/api/v1/authorize?response_type=code&client_id=x&redirect_uri=https://evil.example.com", ""), 400, "unsupported_response_type")
+	// Clients probe these: JSON, whatever the answer. do insists on it.
+	for _, path := range []string{"/.well-known/openid-configuration", "/.well-known/oauth-protected-resource", "/.well-known/oauth-authorization-server/api/v1"} {
+		a := v.want(v.do("GET", path, ""), 404, "NOT_FOUND")
+		if got := a.header.Get("Content-Type"); got != "application/json" {
+			t.Errorf("%s is of type %q, want application/json", path, got)
+		}
+	}
+}
+
+// FuzzVerify puts text in place of any piece of a good token: nothing but that
+// token itself is accepted.
+func FuzzVerify(f *testing.F) {
+	keys, now := mustReadKeys(f, testKey(), ""), time.Now()
+	good, err := keys.sign(accessToken, goodClaims(now))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(uint16(0), uint16(0), "")
+	f.Add(uint16(0), uint16(len(good)), good)
+	for _, bad := range badTokens(f, privateKey(f, testKey()), good, now) {
+		f.Add(uint16(0), uint16(len(good)), bad.token)
+	}
+	f.Fuzz(func(t *testing.T, from, length uint16, text string) {
+		from = from % uint16(len(good)+1)
+		end := min(int(from)+int(length), len(good))
+		token := good[:from] + text + good[end:]
+		c, err := keys.verify(token, testIssuer, now)
+		if token == good {
+			if err != nil {
+				t.Errorf("verify(%q) = %v, want it good", token, err)
+			}
+		} else if err != errBadToken || c.ID != "" {
+			t.Errorf("verify(%q) = %v, %v, want errBadToken", token, c, err)
+		}
+	})
+}

@@ -1,0 +1,341 @@
+package main
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+// What the README promises to those who review the source, as tests.
+
+// maxLines counts all lines of Go outside tests, comments and blank ones too.
+// One person is to read them with care in a day. To raise it is a decision: say
+// why in the commit.
+const maxLines = 3550
+
+// A sourceFile is a Go file of the package, parsed.
+type sourceFile struct {
+	name string
+	text string
+	*ast.File
+}
+
+// goFiles parses the files of the package: its tests, or all else.
+func goFiles(t *testing.T, tests bool) (list []sourceFile) {
+	t.Helper()
+	names, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range names {
+		if strings.HasSuffix(name, "_test.go") != tests {
+			continue
+		}
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), name, text, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list = append(list, sourceFile{name, string(text), file})
+	}
+	if len(list) == 0 {
+		t.Fatal("found no source")
+	}
+	return list
+}
+
+func TestSourceCanBeReadInADay(t *testing.T) {
+	total := 0
+	for _, file := range goFiles(t, false) {
+		total += strings.Count(file.text, "\n")
+	}
+	if total > maxLines {
+		t.Errorf("the source has %d lines, want at most %d", total, maxLines)
+	}
+}
+
+// importers says which files may import a package, or what is below it; "" is
+// none. What is not listed here is for every file.
+var importers = map[string]string{
+	"crypto/rsa":                   "jwt.go",
+	"crypto/x509":                  "jwt.go",
+	"golang.org/x/crypto":          "credential.go",
+	"os":                           "main.go",
+	"embed":                        "main.go",
+	"github.com/redis/go-redis/v9": "main.go ratelimit.go token.go",
+	"unsafe":                       "",
+	"reflect":                      "",
+	"math/rand":                    "", // crypto/rand is for what nobody may guess
+	"C":                            "",
+}
+
+// pureFiles may not import these: what they do has to be a function of what
+// they are given.
+var pureFiles = map[string][]string{
+	"jwt.go": {"net/http", "github.com/jackc/pgx/v5", "github.com/redis/go-redis/v9", "os", "log/slog"},
+}
+
+func TestImportsStayInTheirFiles(t *testing.T) {
+	within := func(imported, parent string) bool {
+		return imported == parent || strings.HasPrefix(imported, parent+"/")
+	}
+	for _, file := range goFiles(t, false) {
+		for _, spec := range file.Imports {
+			imported, err := strconv.Unquote(spec.Path.Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for parent, files := range importers {
+				if within(imported, parent) && !slices.Contains(strings.Fields(files), file.name) {
+					t.Errorf("%s imports %s, which is for %q", file.name, imported, files)
+				}
+			}
+			for _, parent := range pureFiles[file.name] {
+				if within(imported, parent) {
+					t.Errorf("%s imports %s, want it free of that", file.name, imported)
+				}
+			}
+		}
+	}
+}
+
+func TestThereAreThreeDependencies(t *testing.T) {
+	text, err := os.ReadFile("go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var direct []string
+	for line := range strings.Lines(string(text)) {
+		fields := strings.Fields(strings.TrimPrefix(line, "require "))
+		if len(fields) == 2 && strings.HasPrefix(fields[1], "v") {
+			direct = append(direct, fields[0])
+		}
+		if len(fields) > 0 && (fields[0] == "replace" || fields[0] == "tool") {
+			t.Errorf("go.mod has %q", strings.TrimSpace(line))
+		}
+	}
+	slices.Sort(direct)
+	want := []string{"github.com/jackc/pgx/v5", "github.com/redis/go-redis/v9", "golang.org/x/crypto"}
+	if !slices.Equal(direct, want) {
+		t.Errorf("direct dependencies are %q, want %q", direct, want)
+	}
+}
+
+// Nothing runs before main does.
+func TestThereIsNoInit(t *testing.T) {
+	for _, file := range goFiles(t, false) {
+		for _, declared := range file.Decls {
+			if f, ok := declared.(*ast.FuncDecl); ok && f.Recv == nil && f.Name.Name == "init" {
+				t.Errorf("%s has an init function", file.name)
+			}
+		}
+	}
+}
+
+// A skipped test reads as a passed one.
+func TestNoTestIsSkipped(t *testing.T) {
+	for _, file := range goFiles(t, true) {
+		ast.Inspect(file.File, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			f, ok := call.Fun.(*ast.SelectorExpr)
+			if ok && (strings.HasPrefix(f.Sel.Name, "Skip") || f.Sel.Name == "Short") {
+				t.Errorf("%s calls %s", file.name, f.Sel.Name)
+			}
+			return true
+		})
+	}
+}
+
+// publicRoutes are those that anybody may call. One more is a decision.
+var publicRoutes = []string{
+	"GET /api/v1/authorize", // which refuses everything
+	"GET /.well-known/jwks.json",
+	"GET /.well-known/oauth-authorization-server",
+	"GET /health",
+	"GET /livez",
+	"GET /readyz",
+}
+
+func TestEveryRouteAsksWhoCalls(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	wildcard := regexp.MustCompile(`\{[^}]*\}`)
+	var found []string
+	for _, rt := range v.s.routes() {
+		method, path, _ := strings.Cut(rt.pattern, " ")
+		path = wildcard.ReplaceAllString(path, newID())
+		call := func(header ...string) answer {
+			t.Helper()
+			body := ""
+			if method == "POST" && strings.HasPrefix(path, "/api/v1/token") {
+				body = "grant_type=client_credentials&token=x"
+				header = append(header, "Content-Type", "application/x-www-form-urlencoded")
+			} else if method == "POST" || method == "PATCH" {
+				body = "{}"
+				header = append(header, "Content-Type", "application/json")
+			}
+			a := v.do(method, path, body, header...)
+			if kind := a.header.Get("Content-Type"); kind != "application/json" || a.body == nil {
+				t.Errorf("%s answers %v as %q, want JSON", rt.pattern, a, kind)
+			}
+			return a
+		}
+		if slices.Contains(publicRoutes, rt.pattern) {
+			found = append(found, rt.pattern)
+			if a := call(); a.status == 401 {
+				t.Errorf("%s answers %v, want it public", rt.pattern, a)
+			}
+			continue
+		}
+		for _, header := range [][]string{
+			nil,
+			{"Authorization", "Bearer x"},
+			{"Authorization", "Basic eDp4"}, // x:x
+			{"Authorization", "Digest x"},
+		} {
+			if a := call(header...); a.status != 401 || a.header.Get("WWW-Authenticate") == "" {
+				t.Errorf("%s with %q answers %v and the challenge %q, want a 401 with one",
+					rt.pattern, header, a, a.header.Get("WWW-Authenticate"))
+			}
+		}
+		call("Authorization", "Bearer "+v.bearer) // is in JSON, too
+	}
+	if slices.Sort(found); !slices.Equal(found, slices.Sorted(slices.Values(publicRoutes))) {
+		t.Errorf("the public routes are %q, want %q", found, publicRoutes)
+	}
+}
+
+// readmeTable returns the rows of the tables below a heading of README.md, by
+// the names in backticks in their first cell. Cells have the names in the head
+// of their table, in lower case.
+func readmeTable(t *testing.T, heading string) map[string]map[string]string {
+	t.Helper()
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, found := strings.Cut(string(text), "\n"+heading+"\n")
+	if !found {
+		t.Fatalf("README.md has no heading %q", heading)
+	}
+	section, _, _ = strings.Cut(section, "\n## ")
+	table := map[string]map[string]string{}
+	var head []string
+	for line := range strings.Lines(section) {
+		line = strings.TrimSpace(line)
+		if !strings.HasPrefix(line, "|") {
+			head = nil // a table has ended
+			continue
+		}
+		cells := strings.Split(strings.Trim(line, "|"), "|")
+		if head == nil {
+			for _, cell := range cells {
+				head = append(head, strings.ToLower(strings.TrimSpace(cell)))
+			}
+			continue
+		}
+		row := map[string]string{}
+		for i, cell := range cells[:min(len(cells), len(head))] {
+			row[head[i]] = strings.TrimSpace(cell)
+		}
+		for _, name := range inBackticks(cells[0]) {
+			if table[name] != nil {
+				t.Errorf("README.md has %s twice below %q", name, heading)
+			}
+			table[name] = row
+		}
+	}
+	return table
+}
+
+func inBackticks(cell string) (names []string) {
+	for i, piece := range strings.Split(cell, "`") {
+		if i%2 == 1 {
+			names = append(names, piece)
+		}
+	}
+	return names
+}
+
+// wantNames wants two sets of names to be one.
+func wantNames(t *testing.T, what string, readme map[string]map[string]string, code []string) {
+	t.Helper()
+	for _, name := range code {
+		if readme[name] == nil {
+			t.Errorf("README.md lacks the %s %s", what, name)
+		}
+	}
+	for name := range maps.Keys(readme) {
+		if !slices.Contains(code, name) {
+			t.Errorf("README.md has the %s %s, which the code hasn't", what, name)
+		}
+	}
+}
+
+func TestReadmeHasEveryVariable(t *testing.T) {
+	readme := readmeTable(t, "## Variables")
+	var names []string
+	for _, v := range variables {
+		names = append(names, v.name)
+		preset := strings.Trim(readme[v.name]["default"], "`")
+		if readme[v.name]["required"] == "yes" {
+			preset = "*"
+		}
+		if readme[v.name] != nil && preset != v.preset {
+			t.Errorf("README.md says that the default of %s is %q, want %q (*: required)", v.name, preset, v.preset)
+		}
+	}
+	wantNames(t, "variable", readme, names)
+}
+
+func TestReadmeHasEveryEndpoint(t *testing.T) {
+	var patterns []string
+	for _, rt := range (&server{}).routes() {
+		patterns = append(patterns, rt.pattern)
+	}
+	wantNames(t, "endpoint", readmeTable(t, "## Endpoints"), patterns)
+}
+
+func TestReadmeHasEveryErrorCode(t *testing.T) {
+	seen := map[string]bool{}
+	for _, file := range goFiles(t, false) {
+		ast.Inspect(file.File, func(n ast.Node) bool {
+			literal, ok := n.(*ast.CompositeLit)
+			if !ok {
+				return true
+			}
+			if name, ok := literal.Type.(*ast.Ident); !ok || name.Name != "problem" {
+				return true
+			}
+			for _, element := range literal.Elts {
+				field, ok := element.(*ast.KeyValueExpr)
+				if !ok {
+					t.Fatalf("%s has a problem without names of its fields", file.name)
+				}
+				name, value := field.Key.(*ast.Ident).Name, field.Value
+				if text, ok := value.(*ast.BasicLit); ok && (name == "code" || name == "oauth") {
+					seen[strings.Trim(text.Value, `"`)] = true
+				}
+			}
+			return true
+		})
+	}
+	if len(seen) < 20 {
+		t.Fatalf("found only the codes %v in the source", seen)
+	}
+	wantNames(t, "error code", readmeTable(t, "## Errors"), slices.Sorted(maps.Keys(seen)))
+}
