@@ -491,10 +491,10 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 	if signed != "" {
 		cp = &checkpoint{}
 		if s.keys.open(auditCheckpoint, signed, cp) != nil {
-			return errors.New("no key here signed this checkpoint: is it whole, is the key of its time in JWT_PUBLIC_KEY?")
+			return errors.New("this is no checkpoint that a key here signed: is it whole, is the key of its time in JWT_PUBLIC_KEY?")
 		}
 		if cp.Issuer != s.cfg.issuer {
-			return fmt.Errorf("the checkpoint is of the issuer %q, and ISSUER is %q", cp.Issuer, s.cfg.issuer)
+			return fmt.Errorf("this is no checkpoint of this issuer: it is of %q, and ISSUER is %q", cp.Issuer, s.cfg.issuer)
 		}
 	}
 	report, err := verifyChain(ctx, s.db, 1, 1<<60, s.oldestServed(), cp)

@@ -489,7 +489,7 @@ func TestClientAuthenticationForms(t *testing.T) {
 		{"invalid UTF-8", []string{basicAuth("\xff\xfe", "\xff")}, "", 401, "invalid_client", refused},
 		{"Digest", []string{`Digest username="` + id + `"`}, "", 401, "invalid_client", refused},
 		// A token gets no token: nothing here may live for ever.
-		{"Bearer", []string{"Bearer " + v.bearer}, "", 401, "invalid_client", "Bearer "},
+		{"Bearer", []string{"Bearer " + v.bearer}, "", 401, "invalid_client", "Basic "},
 	} {
 		header := []string{"Content-Type", "application/x-www-form-urlencoded"}
 		for _, value := range row.headers {

@@ -258,9 +258,6 @@ func parse[T any](env *environment, name string, read func(string) (T, error)) (
 		err, complaint = errors.ErrUnsupported, " is empty: "
 	} else if err == nil {
 		complaint = " is not right: "
-		if i >= 4 { // no secret
-			complaint = fmt.Sprintf("=%q is not right: ", value)
-		}
 		result, err = read(value)
 	}
 	if err != nil {
