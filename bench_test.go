@@ -35,15 +35,18 @@ type program struct {
 	ready           time.Duration // from its start until it serves
 }
 
-var benchProgram = sync.OnceValues(buildProgram)
+var (
+	benchProgram = sync.OnceValues(buildProgram)
+	benchFolder  string // TestMain removes it
+)
 
 // buildProgram returns the path of the program, built for this run.
 func buildProgram() (string, error) {
-	dir, err := os.MkdirTemp("", "agentidp-bench")
-	if err != nil {
+	var err error
+	if benchFolder, err = os.MkdirTemp("", "agentidp-bench"); err != nil {
 		return "", err
 	}
-	path := filepath.Join(dir, "agentidp")
+	path := filepath.Join(benchFolder, "agentidp")
 	out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput()
 	if err != nil {
 		err = fmt.Errorf("%w: %s", err, out)

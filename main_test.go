@@ -52,6 +52,7 @@ func TestMain(m *testing.M) {
 	}
 	slog.SetDefault(slog.New(slog.NewJSONHandler(testLog, &slog.HandlerOptions{Level: slog.LevelDebug})))
 	code := m.Run()
+	os.RemoveAll(benchFolder)
 	if err := testLog.check(); err != nil {
 		fmt.Fprintln(os.Stderr, "FAIL: the log:", err)
 		code = 1
