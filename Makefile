@@ -4,7 +4,7 @@ BENCHTIME = 2s
 FUZZTIME = 30s
 TESTFLAGS =
 
-# Recipes end in exec, so that a signal sent to make reaches the program itself. Should make be killed, the kernel
+# Recipes end in exec, so that Ctrl-C, or a SIGTERM sent to make, reaches the program itself. Should make be killed, the kernel
 # tells the program.
 tied = $(if $(shell command -v setpriv),setpriv --pdeathsig $(1) --)
 

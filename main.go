@@ -138,8 +138,12 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 }
 
 func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "(devel)" && info.Main.Version != "" {
-		return release + "+" + info.Main.Version
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, setting := range info.Settings {
+			if setting.Key == "vcs.revision" {
+				return release + "+" + setting.Value[:12]
+			}
+		}
 	}
 	return release
 }
