@@ -81,7 +81,7 @@ const eventColumns = `event_id, seq, agent_id, actor_id, action, outcome, ip_add
 // facts are what an event says beside its fixed fields. None may be a secret.
 type facts map[string]any
 
-// newEvent is a success until failed says otherwise. AgentID may be empty.
+// newEvent is a success until refused says otherwise. AgentID may be empty.
 func newEvent(did string, agentID string, f facts) event {
 	e := event{Action: did, Outcome: "success", facts: f}
 	if agentID != "" {

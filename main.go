@@ -244,28 +244,30 @@ func parse[T any](env *environment, name string, read func(string) (T, error)) (
 	if i < 4 {
 		file = env.getenv(name + "_FILE")
 	}
-	complaint := " is not right: "
-	var err error
-	switch content := []byte(nil); {
+	fault := ""
+	switch {
 	case value != "" && file != "":
-		err, complaint = errors.ErrUnsupported, " and "+name+"_FILE are both set: "
+		fault = " and " + name + "_FILE are both set"
 	case file != "":
-		content, err = os.ReadFile(file)
+		content, err := os.ReadFile(file)
+		if err != nil {
+			fault = fmt.Sprintf("_FILE can't be read (%v)", err)
+		}
 		value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
-		complaint = fmt.Sprintf("_FILE=%q could not be read (%v): ", file, err)
-	case value == "" && variables[i].preset == "*":
-		err, complaint = errors.ErrUnsupported, " is missing: "
-	case value == "":
+	case value == "" && variables[i].preset != "*":
 		value = variables[i].preset
 	}
-	if err == nil && value == "" && variables[i].preset == "*" {
-		err, complaint = errors.ErrUnsupported, " is empty: "
-	} else if err == nil {
-		complaint = " is not right: "
-		result, err = read(value)
+	if fault == "" && value == "" && variables[i].preset == "*" {
+		fault = " is missing"
 	}
-	if err != nil {
-		env.wrong = append(env.wrong, errors.New(name+complaint+variables[i].about))
+	if fault == "" {
+		var err error
+		if result, err = read(value); err != nil {
+			fault = " is not right"
+		}
+	}
+	if fault != "" {
+		env.wrong = append(env.wrong, errors.New(name+fault+": "+variables[i].about))
 	}
 	return result
 }

@@ -423,16 +423,3 @@ func (v *service) active(token string) bool {
 	}
 	return a.body["active"] == true
 }
-
-func TestStory(t *testing.T) {
-	v := newService(t)
-	id, secret := v.newClient("resumes:read", "resumes:score")
-	token := v.token(id, secret, "resumes:read")
-	if !v.active(token) {
-		t.Fatal("a new token is not active")
-	}
-	v.want(v.form(id, secret, "/revoke", "token="+token), 200, "")
-	if v.active(token) {
-		t.Fatal("a revoked token is active")
-	}
-}

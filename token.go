@@ -228,8 +228,9 @@ func (s *server) introspectToken(r *request) (any, error) {
 	}
 	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
 	active := err == nil
-	f := facts{"jti": c.ID}
+	f := facts{}
 	if active {
+		f["jti"] = c.ID
 		v, err := s.admit(r.Context(), "", c.revocationIDs(), "", 0)
 		if err != nil {
 			return nil, err
