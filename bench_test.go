@@ -1,23 +1,16 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
-	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -28,103 +21,9 @@ import (
 
 const benchConnections = 16
 
-// A program is the service as operators run it.
-type program struct {
-	url, id, secret string
-	process         *os.Process
-	ready           time.Duration // from its start until it serves
-}
-
-var (
-	benchProgram = sync.OnceValues(buildProgram)
-	benchFolder  string // TestMain removes it
-)
-
-// buildProgram returns the path of the program, built for this run.
-func buildProgram() (string, error) {
-	var err error
-	if benchFolder, err = os.MkdirTemp("", "agentidp-bench"); err != nil {
-		return "", err
-	}
-	path := filepath.Join(benchFolder, "agentidp")
-	out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput()
-	if err != nil {
-		err = fmt.Errorf("%w: %s", err, out)
-	}
-	return path, err
-}
-
 func startProgram(b *testing.B) *program {
 	b.Helper()
-	path, err := benchProgram()
-	if err != nil {
-		b.Fatal(err)
-	}
-	env := append(os.Environ(), "DATABASE_URL="+newDatabase(b), "REDIS_URL="+newRedis(b), "JWT_PRIVATE_KEY="+testKey(),
-		"HOST=127.0.0.1", "PORT=0", "ISSUER=http://bench.test", "RATE_LIMIT_PER_MINUTE=1000000", "MONTHLY_TOKEN_LIMIT=1000000000")
-	bootstrap := exec.Command(path, "bootstrap", "first@example.com")
-	bootstrap.Env, bootstrap.Stderr = env, os.Stderr
-	out, err := bootstrap.Output()
-	p := &program{}
-	if _, scanErr := fmt.Sscanf(string(out), "client_id: %s\nclient_secret: %s\n", &p.id, &p.secret); err != nil || scanErr != nil {
-		b.Fatal(err, scanErr)
-	}
-	cmd := exec.Command(path)
-	cmd.Env = env
-	logs, err := cmd.StderrPipe()
-	if err != nil {
-		b.Fatal(err)
-	}
-	begun := time.Now()
-	if err := cmd.Start(); err != nil {
-		b.Fatal(err)
-	}
-	p.process = cmd.Process
-	b.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGTERM)
-		cmd.Wait()
-	})
-	lines := bufio.NewScanner(logs)
-	for lines.Scan() {
-		var line struct{ Msg, Address string }
-		if json.Unmarshal(lines.Bytes(), &line); line.Msg == "serving" {
-			p.url, p.ready = "http://"+line.Address, time.Since(begun)
-			break
-		}
-	}
-	go io.Copy(io.Discard, logs)
-	if p.url == "" {
-		b.Fatal("the program did not start")
-	}
-	return p
-}
-
-// cpu returns the time that the program has spent on its processors.
-func (p *program) cpu(b *testing.B) time.Duration {
-	b.Helper()
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.process.Pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	_, after, _ := strings.Cut(string(stat), ") ")
-	var user, system int64
-	fields := strings.Fields(after)
-	fmt.Sscan(fields[11], &user)
-	fmt.Sscan(fields[12], &system)
-	return time.Duration(user+system) * time.Second / 100 // proc(5): in clock ticks
-}
-
-// memory returns the resident memory in MB.
-func (p *program) memory(b *testing.B) float64 {
-	b.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.process.Pid))
-	if err != nil {
-		b.Fatal(err)
-	}
-	var kB float64
-	_, after, _ := strings.Cut(string(status), "VmRSS:")
-	fmt.Sscan(after, &kB)
-	return kB / 1000
+	return newProgram(b, newDatabase(b), newRedis(b), "RATE_LIMIT_PER_MINUTE", "1000000", "MONTHLY_TOKEN_LIMIT", "1000000000")
 }
 
 // ask sends a request and returns the body, which must come with a 200.
@@ -149,18 +48,6 @@ func (p *program) ask(c *http.Client, method, path, bearer, form string) ([]byte
 		return nil, fmt.Errorf("%s %s: %d %s %w", method, path, answer.StatusCode, body.Bytes(), err)
 	}
 	return body.Bytes(), nil
-}
-
-func (p *program) token(b *testing.B) string {
-	b.Helper()
-	body, err := p.ask(http.DefaultClient, "POST", "/api/v1/token", "", "grant_type=client_credentials")
-	var token struct {
-		Text string `json:"access_token"`
-	}
-	if err != nil || json.Unmarshal(body, &token) != nil {
-		b.Fatal(err)
-	}
-	return token.Text
 }
 
 // load sends b.N requests over all connections and reports the rate, beside
@@ -222,19 +109,18 @@ func BenchmarkSignature(b *testing.B) {
 }
 
 func BenchmarkToken(b *testing.B) {
-	p := startProgram(b)
-	p.token(b) // from here on the secret is known
+	p := startProgram(b) // which knows the secret by now
 	p.load(b, "tokens", "POST", "/api/v1/token", "", "grant_type=client_credentials")
 }
 
 func BenchmarkIntrospection(b *testing.B) {
 	p := startProgram(b)
-	p.load(b, "introspections", "POST", "/api/v1/token/introspect", "", "token="+p.token(b))
+	p.load(b, "introspections", "POST", "/api/v1/token/introspect", "", "token="+p.bearer)
 }
 
 func BenchmarkAuthenticatedGet(b *testing.B) {
 	p := startProgram(b)
-	p.load(b, "gets", "GET", "/api/v1/agents/"+p.id, p.token(b), "")
+	p.load(b, "gets", "GET", "/api/v1/agents/"+p.id, p.bearer, "")
 }
 
 func BenchmarkJWKS(b *testing.B) {

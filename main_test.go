@@ -40,6 +40,7 @@ var (
 	})
 	redisDatabases chan int // those that no test uses
 	testLog        = &logBuffer{}
+	testFolder     string // what several tests share; removed at the end
 )
 
 // TestMain sees to the stores, and holds the log of all tests to what a log
@@ -51,8 +52,12 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	slog.SetDefault(slog.New(slog.NewJSONHandler(testLog, &slog.HandlerOptions{Level: slog.LevelDebug})))
+	var err error
+	if testFolder, err = os.MkdirTemp("", "idptest"); err != nil {
+		panic(err)
+	}
 	code := m.Run()
-	os.RemoveAll(benchFolder)
+	os.RemoveAll(testFolder)
 	if err := testLog.check(); err != nil {
 		fmt.Fprintln(os.Stderr, "FAIL: the log:", err)
 		code = 1

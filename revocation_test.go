@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/url"
 	"os"
-	osexec "os/exec" // main.go has an exec of its own
 	"path/filepath"
 	"slices"
 	"strings"
@@ -188,56 +187,6 @@ func proxyRedis(t *testing.T, env map[string]string) *proxy {
 	}
 	env["REDIS_URL"] = u.String()
 	return p
-}
-
-// A redisServer is one of the test's own, that it may kill.
-type redisServer struct {
-	t      *testing.T
-	folder string
-	socket string
-	client *redis.Client
-	stop   func() // kills it, as nothing else could
-}
-
-func newRedisServer(t *testing.T) *redisServer {
-	t.Helper()
-	folder, err := os.MkdirTemp("", "r") // a socket's path must be short
-	if err != nil {
-		t.Fatal(err)
-	}
-	r := &redisServer{t: t, folder: folder, socket: filepath.Join(folder, "s")}
-	r.client = redis.NewClient(&redis.Options{Network: "unix", Addr: r.socket, MaxRetries: -1})
-	t.Cleanup(func() {
-		r.client.Close()
-		os.RemoveAll(folder)
-	})
-	r.start()
-	return r
-}
-
-func (r *redisServer) url() string { return "unix://" + r.socket }
-
-func (r *redisServer) start() {
-	r.t.Helper()
-	program, err := osexec.LookPath("redis-server")
-	if err != nil {
-		program = "valkey-server"
-	}
-	os.Remove(r.socket)
-	command := osexec.Command(program, "--port", "0", "--unixsocket", r.socket, "--dir", r.folder, "--save", "")
-	if err := command.Start(); err != nil {
-		r.t.Fatalf("a Redis of the test's own is needed: %v", err)
-	}
-	r.stop = sync.OnceFunc(func() {
-		command.Process.Kill()
-		command.Wait()
-	})
-	r.t.Cleanup(r.stop)
-	for end := time.Now().Add(10 * time.Second); r.client.Ping(context.Background()).Err() != nil; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			r.t.Fatal("a Redis of the test's own does not start")
-		}
-	}
 }
 
 // A trial holds tokens that must be refused, and others that must not.
@@ -534,7 +483,7 @@ func TestOldSnapshotBringsNothingBack(t *testing.T) {
 	}
 	left := 1 // of the quota, by the audit log: Redis knows of fewer tokens
 	for _, name := range []string{"an old snapshot", "nothing"} {
-		store.stop()
+		store.kill()
 		check("without Redis")
 		if name == "nothing" {
 			os.Remove(filepath.Join(store.folder, "dump.rdb"))

@@ -9,6 +9,9 @@
 #
 # with-services.sh --install PACKAGE... installs Debian packages if this user may, and starts none of their services.
 #
+# Without --keep, the programs of both are in PATH, installed if need be, also where both URLs are set: tests start
+# further servers of their own.
+#
 # CMD takes the place of this script, so signals, standard input and the exit status are its own. A supervisor in a
 # session of its own reads a FIFO whose writing end is held by CMD and by what CMD starts. End of file tells it that
 # all of them are gone, also after kill -9. Then it stops the servers.
@@ -339,13 +342,15 @@ if [ -n "$need_postgres$need_redis" ]; then
 	done
 	[ $mode != keep ] || open_kept "$keep"
 fi
-find_postgres || [ -z "$need_postgres" ] || missing=postgresql
-find_redis || [ -z "$need_redis" ] || missing="$missing redis-server"
+# wanted NEED: what is not to be kept is for tests, which start further servers of their own.
+wanted() { [ $mode != keep ] || [ -n "$1" ]; }
+find_postgres || ! wanted "$need_postgres" || missing=postgresql
+find_redis || ! wanted "$need_redis" || missing="$missing redis-server"
 if [ -n "$missing" ]; then
 	# shellcheck disable=SC2086 # none, one or two words
 	(install $missing)
-	find_postgres || [ -z "$need_postgres" ] || give_up "initdb is not found even now" postgresql
-	find_redis || [ -z "$need_redis" ] || give_up "it is not found even now" redis-server
+	find_postgres || ! wanted "$need_postgres" || give_up "initdb is not found even now" postgresql
+	find_redis || ! wanted "$need_redis" || give_up "it is not found even now" redis-server
 fi
 PATH=$PATH${pgbin:+:$pgbin} # for what starts servers of its own
 export PATH
