@@ -26,6 +26,10 @@ run: ## start everything on http://localhost:3000, and print a client and a curl
 test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
 	@$(services) $(for_tests) $(go_test) -race -shuffle=on -timeout 10m $(TESTFLAGS) ./...
 
+soak: gcc ## run all tests at their full length, then each fuzz target (FUZZTIME=30s)
+	@$(services) $(for_tests) env SOAK=1 $(go_test) -race -shuffle=on -timeout 90m $(TESTFLAGS) ./...
+	@$(MAKE) fuzz
+
 bench: ## run the benchmarks, on servers that write to disk (BENCH=regexp BENCHTIME=2s)
 	@$(services) --durable $(for_tests) $(go_test) -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 30m \
 		$(TESTFLAGS) .
@@ -54,4 +58,4 @@ gcc:
 	@command -v $(GO) >/dev/null || { echo "Go is needed (go.mod has the version), and '$(GO)' is not on PATH" >&2; exit 69; }
 	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
 
-.PHONY: help run test bench fuzz cover lint vuln build gcc
+.PHONY: help run test soak bench fuzz cover lint vuln build gcc

@@ -27,6 +27,17 @@ import (
 // test's own, all of them processes that the test may kill, stop and restart.
 // None outlives the test program, however that ends.
 
+// soak gives the tests that take long their full length: make soak.
+var soak = os.Getenv("SOAK") != ""
+
+// rounds are few in make test, and all of them in make soak.
+func rounds(few, all int) int {
+	if soak {
+		return all
+	}
+	return few
+}
+
 // A process and those that it has started.
 type process struct {
 	name   string
