@@ -68,26 +68,44 @@ type agentChange struct {
 	Status        *string   `json:"status,omitempty"`
 }
 
-func (q agentChange) check(bad faults) {
-	if q == (agentChange{}) {
-		bad["body"] = "must have at least one of agentType, version, capabilities, owner, deploymentEnv, status"
+func (in *inputs) agentChange() agentChange {
+	return agentChange{
+		AgentType:     take(in, "agentType", oneOf(agentTypes)),
+		Version:       take(in, "version", matching("must be a semantic version like 1.2.3 of at most 64 characters", validVersion)),
+		Capabilities:  take(in, "capabilities", readCapabilities),
+		Owner:         take(in, "owner", owner),
+		DeploymentEnv: take(in, "deploymentEnv", oneOf(environments)),
 	}
-	q.checkValues(bad)
 }
 
-func (q agentChange) checkValues(bad faults) {
-	bad.checkOneOf("agentType", q.AgentType, agentTypes)
-	bad.checkOneOf("deploymentEnv", q.DeploymentEnv, environments)
-	bad.checkOneOf("status", q.Status, statuses)
-	if v := q.Version; v != nil && (len(*v) > 64 || !versionPattern.MatchString(*v)) {
-		bad["version"] = "must be a semantic version like 1.2.3 of at most 64 characters"
+func validVersion(s string) bool { return len(s) <= 64 && versionPattern.MatchString(s) }
+
+var owner = matching("must be 1 to 128 characters, none of them a control character, not all of them spaces", func(s string) bool {
+	return strings.TrimSpace(s) != "" && utf8.ValidString(s) && utf8.RuneCountInString(s) <= 128 && strings.IndexFunc(s, unicode.IsControl) < 0
+})
+
+var email = matching("must be an e-mail address of at most 255 characters", func(s string) bool {
+	return len(s) <= 255 && emailPattern.MatchString(s)
+})
+
+func readCapabilities(value any) (list []string, err error) {
+	values, ok := value.([]any)
+	if !ok || len(values) < 1 || len(values) > 64 {
+		return nil, errors.New("must be a list of 1 to 64 texts")
 	}
-	if q.Owner != nil && !validOwner(*q.Owner) {
-		bad["owner"] = "must be 1 to 128 characters, none of them a control character, not all of them spaces"
+	for _, value := range values {
+		c, _ := value.(string)
+		switch resource, action, _ := strings.Cut(c, ":"); {
+		case len(c) > 100 || !capabilityPattern.MatchString(c):
+			err = fmt.Errorf("%q must be resource:action or resource:* in lower case, of at most 100 characters", clip(c))
+		case action == "*" && slices.Contains([]string{"agents", "tokens", "audit", "credentials"}, resource):
+			err = fmt.Errorf("%q is refused: name each action of agents, tokens, audit and credentials", c)
+		case slices.Contains(list, c):
+			err = fmt.Errorf("%q is there twice", c)
+		}
+		list = append(list, c)
 	}
-	if q.Capabilities != nil {
-		bad.checkCapabilities(*q.Capabilities)
-	}
+	return list, err
 }
 
 // A registration has all that an agent can have, but the status.
@@ -96,44 +114,13 @@ type registration struct {
 	agentChange
 }
 
-func (q registration) check(bad faults) {
-	for name, missing := range map[string]bool{
-		"email": q.Email == nil, "agentType": q.AgentType == nil, "version": q.Version == nil,
-		"capabilities": q.Capabilities == nil, "owner": q.Owner == nil, "deploymentEnv": q.DeploymentEnv == nil,
-	} {
-		if missing {
-			bad[name] = "is missing"
+func (in *inputs) registration() registration {
+	for _, name := range []string{"email", "agentType", "version", "capabilities", "owner", "deploymentEnv"} {
+		if _, given := in.values[name]; !given {
+			in.faults[name] = "is missing"
 		}
 	}
-	q.checkValues(bad)
-	if q.Email != nil && (len(*q.Email) > 255 || !emailPattern.MatchString(*q.Email)) {
-		bad["email"] = "must be an e-mail address of at most 255 characters"
-	}
-	if q.Status != nil {
-		bad["status"] = "can't be chosen at registration"
-	}
-}
-
-func validOwner(s string) bool {
-	return strings.TrimSpace(s) != "" && utf8.RuneCountInString(s) <= 128 && strings.IndexFunc(s, unicode.IsControl) < 0
-}
-
-func (bad faults) checkCapabilities(list []string) {
-	seen := map[string]bool{}
-	for _, c := range list {
-		switch resource, action, _ := strings.Cut(c, ":"); {
-		case len(c) > 100 || !capabilityPattern.MatchString(c):
-			bad["capabilities"] = fmt.Sprintf("%q must be resource:action or resource:* in lower case, of at most 100 characters", clip(c))
-		case action == "*" && slices.Contains([]string{"agents", "tokens", "audit", "credentials"}, resource):
-			bad["capabilities"] = fmt.Sprintf("%q is refused: name each action of agents, tokens, audit and credentials", c)
-		case seen[c]:
-			bad["capabilities"] = fmt.Sprintf("%q is there twice", c)
-		}
-		seen[c] = true
-	}
-	if len(list) < 1 || len(list) > 64 {
-		bad["capabilities"] = fmt.Sprintf("must be 1 to 64 entries, not %d", len(list))
-	}
+	return registration{take(in, "email", email), in.agentChange()}
 }
 
 // A caller is who sent a request, as it has proved.
@@ -166,7 +153,7 @@ func (c caller) mayManage(a agent) error {
 }
 
 func (s *server) createAgent(r *request) (any, error) {
-	q, err := decode[registration](r)
+	q, err := decode(r, (*inputs).registration)
 	if err != nil {
 		return nil, err
 	}
@@ -174,7 +161,7 @@ func (s *server) createAgent(r *request) (any, error) {
 		return nil, err
 	}
 	var a agent
-	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
+	err = s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		if err := s.checkAgentLimit(ctx, tx); err != nil {
 			return event{}, err
 		}
@@ -188,19 +175,14 @@ func (s *server) createAgent(r *request) (any, error) {
 }
 
 func (s *server) listAgents(r *request) (any, error) {
-	bad := faults{}
-	q := parseQuery(r, bad, "page", "limit", "owner", "agentType", "status")
-	bad.checkOneOf("agentType", q.values["agentType"], agentTypes)
-	bad.checkOneOf("status", q.values["status"], statuses)
-	if owner := q.values["owner"]; owner != nil && !validOwner(*owner) {
-		bad["owner"] = "must be 1 to 128 characters"
+	in := r.query()
+	part, args := in.span(), pgx.NamedArgs{
+		"owner": take(in, "owner", owner), "type": take(in, "agentType", oneOf(agentTypes)), "status": take(in, "status", oneOf(statuses)),
 	}
-	if err := bad.problem(); err != nil {
+	if err := in.problem(); err != nil {
 		return nil, err
 	}
-	p, _, err := list[agent](r.Context(), s.db, q, pgx.NamedArgs{
-		"owner": q.values["owner"], "type": q.values["agentType"], "status": q.values["status"],
-	}, agentColumns, `
+	p, _, err := list[agent](r.Context(), s.db, part, args, agentColumns, `
 		from agents
 		where (@owner::text is null or owner = @owner)
 			and (@type::text is null or agent_type = @type)
@@ -214,7 +196,14 @@ func (s *server) getAgent(r *request) (any, error) {
 }
 
 func (s *server) updateAgent(r *request) (any, error) {
-	q, err := decode[agentChange](r)
+	q, err := decode(r, func(in *inputs) agentChange {
+		if len(in.values) == 0 {
+			in.faults["body"] = "must have at least one field"
+		}
+		q := in.agentChange()
+		q.Status = take(in, "status", oneOf(statuses))
+		return q
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -229,7 +218,7 @@ func (s *server) decommissionAgent(r *request) (any, error) {
 // changeAgent is every change of an agent, its end too.
 func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 	id := r.PathValue("agentId")
-	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
+	err = s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		old, err := loadAgent(ctx, tx, id, forUpdate)
 		if err != nil {
 			return event{}, err
@@ -256,19 +245,19 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 		if err != nil {
 			return event{}, err
 		}
-		did, err := tx.applyStatus(ctx, old.Status, a)
+		did, err := applyStatus(ctx, tx, old.Status, a)
 		return newEvent(did, id, facts{"changes": q}), err
 	})
 	return a, err
 }
 
 // applyStatus does what a change of status entails, and names it.
-func (tx *change) applyStatus(ctx context.Context, old string, a agent) (did string, err error) {
+func applyStatus(ctx context.Context, tx pgx.Tx, old string, a agent) (did string, err error) {
 	switch {
 	case a.Status == old:
 		return agentUpdated, nil
 	case a.Status == "active":
-		return agentReactivated, tx.lift(ctx, a.AgentID)
+		return agentReactivated, lift(ctx, tx, a.AgentID)
 	case a.Status == "suspended":
 		did = agentSuspended
 	default:
@@ -276,7 +265,7 @@ func (tx *change) applyStatus(ctx context.Context, old string, a agent) (did str
 		err = execSQL(ctx, tx, "revoking an agent's credentials", revokeCredentials+`client_id = $1 and status = 'active'`, a.AgentID)
 	}
 	if err == nil {
-		_, err = tx.revoke(ctx, "agent", a.AgentID, lastExpiry())
+		_, err = revoke(ctx, tx, "agent", a.AgentID, lastExpiry())
 	}
 	return did, err
 }
@@ -331,15 +320,14 @@ func loadAgent(ctx context.Context, db querier, id, lock string) (agent, error) 
 
 // bootstrap registers the first agent, with all of our scopes, and prints its
 // client_id and client_secret.
-func (s *server) bootstrap(ctx context.Context, email string, stdout io.Writer) error {
+func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer) error {
+	if _, err := email(address); err != nil {
+		return fmt.Errorf("the email %w", err)
+	}
 	kind, release, owner := "custom", "1.0.0", "operator"
-	q := registration{&email, agentChange{
+	q := registration{&address, agentChange{
 		AgentType: &kind, Version: &release, Capabilities: &ourScopes, Owner: &owner, DeploymentEnv: &environments[2],
 	}}
-	bad := faults{}
-	if q.check(bad); len(bad) > 0 {
-		return fmt.Errorf("the email %s", bad["email"])
-	}
 	plain := newSecret()
 	hash, err := s.vault.hash(ctx, plain)
 	if err != nil {
@@ -347,7 +335,7 @@ func (s *server) bootstrap(ctx context.Context, email string, stdout io.Writer) 
 	}
 	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: newID()}
 	var a agent
-	err = s.change(operator, func(ctx context.Context, tx *change) (event, error) {
+	err = s.change(operator, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		if err := execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
 			return event{}, err
 		}

@@ -12,7 +12,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -257,41 +256,37 @@ func (s *server) refused(r *request, e event, why error) error {
 
 func (s *server) oldestServed() time.Time { return time.Now().AddDate(0, 0, -s.cfg.retentionDays) }
 
-// parseDate reads a time (RFC 3339) or a day, to which rest is added.
-func (bad faults) parseDate(name string, value *string, rest time.Duration) *time.Time {
-	if value == nil {
-		return nil
-	}
-	t, err := time.Parse(time.RFC3339, *value)
-	if err != nil {
-		t, err = time.Parse(time.DateOnly, *value)
-		t = t.Add(rest)
-	}
-	if err != nil || t.Year() < 1970 || t.Year() > 9999 {
-		bad[name] = "must be a time like 2026-03-28T09:00:00Z or a day like 2026-03-28"
-		return nil
-	}
-	return &t
+// date reads a time (RFC 3339) or a day, to which rest is added.
+func date(rest time.Duration) func(any) (time.Time, error) {
+	return parsed("must be a time like 2026-03-28T09:00:00Z or a day like 2026-03-28", func(s string) (time.Time, error) {
+		t, err := time.Parse(time.RFC3339, s)
+		if err != nil {
+			t, err = time.Parse(time.DateOnly, s)
+			t = t.Add(rest)
+		}
+		if t.Year() < 1970 || t.Year() > 9999 {
+			err = strconv.ErrRange
+		}
+		return t, err
+	})
 }
 
 func (s *server) listEvents(r *request) (any, error) {
-	bad := faults{}
-	q := parseQuery(r, bad, "page", "limit", "agentId", "action", "outcome", "fromDate", "toDate", "cursor")
-	bad.checkOneOf("action", q.values["action"], actions)
-	bad.checkOneOf("outcome", q.values["outcome"], []string{"success", "failure"})
-	if id := q.values["agentId"]; id != nil && !isID(*id) {
-		bad["agentId"] = "must be a UUID in lower case"
+	in := r.query()
+	part, args := in.span(), pgx.NamedArgs{
+		"agent":   take(in, "agentId", matching("must be a UUID in lower case", isID)),
+		"action":  take(in, "action", oneOf(actions)),
+		"outcome": take(in, "outcome", oneOf([]string{"success", "failure"})),
 	}
-	from := bad.parseDate("fromDate", q.values["fromDate"], 0)
-	to := bad.parseDate("toDate", q.values["toDate"], 24*time.Hour-time.Millisecond)
+	from, to := take(in, "fromDate", date(0)), take(in, "toDate", date(24*time.Hour-time.Millisecond))
 	if from != nil && to != nil && from.After(*to) {
-		bad["toDate"] = "must not be before fromDate"
+		in.faults["toDate"] = "must not be before fromDate"
 	}
-	before := s.openCursor(q.values["cursor"])
-	if before == 0 || before < math.MaxInt64 && q.page != 1 {
-		bad["cursor"] = "must be the nextCursor of a page, without a page"
+	before := take(in, "cursor", parsed("must be the nextCursor of a page", s.openCursor))
+	if before != nil && part.page != 1 {
+		in.faults["cursor"] = "can't be there beside a page"
 	}
-	if err := bad.problem(); err != nil {
+	if err := in.problem(); err != nil {
 		return nil, err
 	}
 	oldest := s.oldestServed()
@@ -301,17 +296,15 @@ func (s *server) listEvents(r *request) (any, error) {
 	if from == nil {
 		from = &oldest
 	}
-	p, more, err := list[event](r.Context(), s.db, q, pgx.NamedArgs{
-		"agent": q.values["agentId"], "action": q.values["action"], "outcome": q.values["outcome"],
-		"from": from, "to": to, "before": before,
-	}, eventColumns, `
+	args["from"], args["to"], args["before"] = from, to, before
+	p, more, err := list[event](r.Context(), s.db, part, args, eventColumns, `
 		from audit_events
 		where (@agent::uuid is null or agent_id = @agent)
 			and (@action::text is null or action = @action)
 			and (@outcome::text is null or outcome = @outcome)
 			and "timestamp" >= @from::timestamptz
 			and (@to::timestamptz is null or "timestamp" <= @to)`, `
-			and seq < @before::bigint
+			and (@before::bigint is null or seq < @before)
 		order by seq desc`)
 	if err != nil {
 		return nil, err
@@ -334,16 +327,13 @@ func (s *server) sealCursor(seq int64) string {
 	return base64.RawURLEncoding.EncodeToString(append(b, s.keys.mac("cursor", string(b))...))
 }
 
-// openCursor returns 0 for what sealCursor has not made.
-func (s *server) openCursor(cursor *string) int64 {
-	if cursor == nil {
-		return math.MaxInt64
-	}
-	b, err := decodeSegment(*cursor)
+// openCursor reads what sealCursor has made, and nothing else.
+func (s *server) openCursor(cursor string) (seq int64, err error) {
+	b, err := decodeSegment(cursor)
 	if err != nil || len(b) < 8 || !hmac.Equal(b[8:], s.keys.mac("cursor", string(b[:8]))) {
-		return 0
+		return 0, errBadToken
 	}
-	return int64(binary.BigEndian.Uint64(b))
+	return int64(binary.BigEndian.Uint64(b)), nil
 }
 
 func (s *server) getEvent(r *request) (any, error) {
@@ -465,10 +455,11 @@ func (s *server) seal(report *chainReport) error {
 const verifiedAtOnce = 100_000 // events that one request checks
 
 func (s *server) verifyEvents(r *request) (any, error) {
-	bad := faults{}
-	q := parseQuery(r, bad, "fromSeq")
-	from := bad.number("fromSeq", q.values["fromSeq"], 0, 1<<53)
-	if err := bad.problem(); err != nil {
+	in, from := r.query(), int64(0)
+	if seq := take(in, "fromSeq", whole(1, 1<<53)); seq != nil {
+		from = int64(*seq)
+	}
+	if err := in.problem(); err != nil {
 		return nil, err
 	}
 	report, err := verifyChain(r.Context(), s.db, from, verifiedAtOnce, s.oldestServed(), nil)

@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -148,14 +149,16 @@ type newCredential struct {
 	ClientSecret string `json:"clientSecret"`
 }
 
-type credentialRequest struct {
-	ExpiresAt *time.Time `json:"expiresAt,omitempty"` // none: until it is revoked
-}
-
-func (q credentialRequest) check(bad faults) {
-	if q.ExpiresAt != nil && (!q.ExpiresAt.After(time.Now()) || q.ExpiresAt.UTC().Year() > 9999) {
-		bad["expiresAt"] = "must be in the future"
-	}
+// expiry is the one field of a request for a secret; none: until it is
+// revoked.
+func (in *inputs) expiry() *time.Time {
+	return take(in, "expiresAt", parsed("must be a time in the future, like 2030-01-01T00:00:00Z", func(s string) (time.Time, error) {
+		t, err := time.Parse(time.RFC3339, s)
+		if !t.After(time.Now()) || t.UTC().Year() > 9999 {
+			err = strconv.ErrRange
+		}
+		return t, err
+	}))
 }
 
 func (s *server) createCredential(r *request) (any, error) {
@@ -168,8 +171,8 @@ func (s *server) rotateCredential(r *request) (any, error) {
 
 // giveSecret stores a new secret with store and answers with it.
 func (s *server) giveSecret(r *request, credentialID, did string,
-	store func(context.Context, *change, secretRow) (credential, error)) (any, error) {
-	q, err := decode[credentialRequest](r)
+	store func(context.Context, pgx.Tx, secretRow) (credential, error)) (any, error) {
+	expires, err := decode(r, (*inputs).expiry)
 	if err != nil {
 		return nil, err
 	}
@@ -179,11 +182,11 @@ func (s *server) giveSecret(r *request, credentialID, did string,
 		return nil, err
 	}
 	var c credential
-	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
+	err = s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		if err := lockManaged(ctx, tx, r, agentID, "active"); err != nil {
 			return event{}, err
 		}
-		c, err = store(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, newID(), q.ExpiresAt})
+		c, err = store(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, newID(), expires})
 		return newEvent(did, agentID, facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}), err
 	})
 	return newCredential{c, plain.reveal()}, err
@@ -193,7 +196,7 @@ func (s *server) giveSecret(r *request, credentialID, did string,
 // the caller may not, or the agent is in none of these states. An agent may
 // change its own by credentials:write. Else it is as for any change of the
 // agent, since a credential is all that the agent may do.
-func lockManaged(ctx context.Context, tx *change, r *request, agentID string, states ...string) error {
+func lockManaged(ctx context.Context, tx pgx.Tx, r *request, agentID string, states ...string) error {
 	a, err := loadAgent(ctx, tx, agentID, forUpdate)
 	if err != nil {
 		return err
@@ -208,16 +211,16 @@ func lockManaged(ctx context.Context, tx *change, r *request, agentID string, st
 }
 
 func (s *server) listCredentials(r *request) (any, error) {
-	bad := faults{}
-	q := parseQuery(r, bad, "page", "limit")
-	if err := bad.problem(); err != nil {
+	in := r.query()
+	part := in.span()
+	if err := in.problem(); err != nil {
 		return nil, err
 	}
 	a, err := loadAgent(r.Context(), s.db, r.PathValue("agentId"), "")
 	if err != nil {
 		return nil, err
 	}
-	p, _, err := list[credential](r.Context(), s.db, q, pgx.NamedArgs{"client": a.AgentID}, credentialColumns, `
+	p, _, err := list[credential](r.Context(), s.db, part, pgx.NamedArgs{"client": a.AgentID}, credentialColumns, `
 		from credentials
 		where client_id = @client`, `
 		order by credential_id desc`)
@@ -231,7 +234,7 @@ const revokeCredentials = `
 
 func (s *server) revokeCredential(r *request) (any, error) {
 	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
-	return nil, s.change(r, func(ctx context.Context, tx *change) (event, error) {
+	return nil, s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		err := lockManaged(ctx, tx, r, agentID, statuses...)
 		if err == nil {
 			_, err = loadSecretID(ctx, tx, agentID, credentialID)
@@ -240,7 +243,7 @@ func (s *server) revokeCredential(r *request) (any, error) {
 			err = execSQL(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
 		}
 		if err == nil {
-			_, err = tx.revoke(ctx, "credential", credentialID, lastExpiry())
+			_, err = revoke(ctx, tx, "credential", credentialID, lastExpiry())
 		}
 		return newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID}), err
 	})
@@ -254,7 +257,7 @@ type secretRow struct {
 	expiresAt                      *time.Time
 }
 
-func insertCredential(ctx context.Context, tx *change, row secretRow) (credential, error) {
+func insertCredential(ctx context.Context, tx pgx.Tx, row secretRow) (credential, error) {
 	return one[credential](ctx, tx, nil, "storing credential", `
 		insert into credentials (credential_id, client_id, secret_prefix, secret_hash, secret_id, expires_at)
 		values ($1, $2, $3, $4, $5, date_trunc('milliseconds', $6::timestamptz))
@@ -264,7 +267,7 @@ func insertCredential(ctx context.Context, tx *change, row secretRow) (credentia
 
 // replaceSecret gives a credential a new secret and expiry, and revokes the
 // tokens that the old secret was traded for.
-func replaceSecret(ctx context.Context, tx *change, row secretRow) (credential, error) {
+func replaceSecret(ctx context.Context, tx pgx.Tx, row secretRow) (credential, error) {
 	old, err := loadSecretID(ctx, tx, row.clientID, row.credentialID)
 	if err != nil {
 		return credential{}, err
@@ -276,7 +279,7 @@ func replaceSecret(ctx context.Context, tx *change, row secretRow) (credential, 
 		returning `+credentialColumns,
 		row.credentialID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
 	if err == nil {
-		_, err = tx.revoke(ctx, "secret", old, lastExpiry())
+		_, err = revoke(ctx, tx, "secret", old, lastExpiry())
 	}
 	return c, err
 }

@@ -204,85 +204,79 @@ var variables = []variable{
 
 // loadConfig reports every fault at once, and repeats no value.
 func loadConfig(getenv func(string) string) (config, error) {
-	env := &environment{getenv: getenv}
+	env := readEnvironment(getenv)
 	cfg := config{
-		database:          parse(env, "DATABASE_URL", pgxpool.ParseConfig),
-		redis:             parse(env, "REDIS_URL", redis.ParseURL),
-		keys:              parse(env, "JWT_PRIVATE_KEY", newKeyset),
-		port:              parse(env, "PORT", between(0, 65535)),
-		host:              parse(env, "HOST", anyText),
-		issuer:            parse(env, "ISSUER", parseIssuer),
-		tokenTTL:          parse(env, "TOKEN_TTL", parseTTL),
-		rateLimit:         parse(env, "RATE_LIMIT_PER_MINUTE", between(0, 1e6)),
-		monthlyTokenLimit: parse(env, "MONTHLY_TOKEN_LIMIT", between(0, 1e9)),
-		maxAgents:         parse(env, "MAX_AGENTS", between(0, 1e9)),
-		retentionDays:     parse(env, "RETENTION_DAYS", between(1, 36500)),
-		corsOrigin:        parse(env, "CORS_ORIGIN", parseOrigin),
-		trustedProxies:    parse(env, "TRUSTED_PROXIES", parseNetworks),
+		database:          setting(env, "DATABASE_URL", pgxpool.ParseConfig),
+		redis:             setting(env, "REDIS_URL", redis.ParseURL),
+		keys:              setting(env, "JWT_PRIVATE_KEY", newKeyset),
+		port:              setting(env, "PORT", parseWhole(0, 65535)),
+		host:              setting(env, "HOST", parseAny),
+		issuer:            setting(env, "ISSUER", parseIssuer),
+		tokenTTL:          setting(env, "TOKEN_TTL", parseTTL),
+		rateLimit:         setting(env, "RATE_LIMIT_PER_MINUTE", parseWhole(0, 1e6)),
+		monthlyTokenLimit: setting(env, "MONTHLY_TOKEN_LIMIT", parseWhole(0, 1e9)),
+		maxAgents:         setting(env, "MAX_AGENTS", parseWhole(0, 1e9)),
+		retentionDays:     setting(env, "RETENTION_DAYS", parseWhole(1, 36500)),
+		corsOrigin:        setting(env, "CORS_ORIGIN", parseOrigin),
+		trustedProxies:    setting(env, "TRUSTED_PROXIES", parseNetworks),
 	}
-	parse(env, "JWT_PUBLIC_KEY", cfg.keys.publish)
-	parse(env, "LOG_LEVEL", func(v string) (any, error) { return nil, cfg.logLevel.UnmarshalText([]byte(v)) })
+	setting(env, "JWT_PUBLIC_KEY", cfg.keys.publish)
+	setting(env, "LOG_LEVEL", func(v string) (any, error) { return nil, cfg.logLevel.UnmarshalText([]byte(v)) })
 	if cfg.issuer == "" {
 		cfg.issuer = fmt.Sprintf("http://localhost:%d", cfg.port)
 	}
-	if env.wrong != nil {
-		return cfg, fmt.Errorf("the environment is not as it must be:\n%w\nto have all of it set up for development: make run", errors.Join(env.wrong...))
+	var wrong []error
+	for _, v := range variables {
+		if fault := env.faults[v.name]; fault != nil {
+			wrong = append(wrong, fmt.Errorf("%s %s: %s", v.name, fault, v.about))
+		}
+	}
+	if wrong != nil {
+		return cfg, fmt.Errorf("the environment is not as it must be:\n%w\nto have all of it set up for development: make run", errors.Join(wrong...))
 	}
 	return cfg, nil
 }
 
-// An environment collects what is wrong with it.
-type environment struct {
-	getenv func(string) string
-	wrong  []error
-}
-
-// parse takes the value of a variable, or of the file that NAME_FILE names.
-func parse[T any](env *environment, name string, read func(string) (T, error)) (result T) {
-	i := slices.IndexFunc(variables, func(v variable) bool { return v.name == name })
-	value, file := env.getenv(name), ""
-	if i < 4 {
-		file = env.getenv(name + "_FILE")
-	}
-	fault := ""
-	switch {
-	case value != "" && file != "":
-		fault = " and " + name + "_FILE are both set"
-	case file != "":
-		content, err := os.ReadFile(file)
-		if err != nil {
-			fault = fmt.Sprintf("_FILE can't be read (%v)", err)
+// readEnvironment takes the value of each variable, or of the file that
+// NAME_FILE names, or what is preset.
+func readEnvironment(getenv func(string) string) *inputs {
+	env := newInputs()
+	for i, v := range variables {
+		value, file := getenv(v.name), ""
+		if i < 4 {
+			file = getenv(v.name + "_FILE")
 		}
-		value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
-	case value == "" && variables[i].preset != "*":
-		value = variables[i].preset
-	}
-	if fault == "" && value == "" && variables[i].preset == "*" {
-		fault = " is missing"
-	}
-	if fault == "" {
-		var err error
-		if result, err = read(value); err != nil {
-			fault = " is not right"
+		if file != "" {
+			content, err := os.ReadFile(file)
+			if err != nil {
+				env.faults[v.name] = fmt.Sprintf("has a file that can't be read (%v)", err)
+			}
+			if value != "" {
+				env.faults[v.name] = "and " + v.name + "_FILE are both set"
+			}
+			value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
+		}
+		if value == "" && v.preset != "*" {
+			value = v.preset
+		}
+		if value != "" {
+			env.values[v.name] = value
+		} else if v.preset == "*" && env.faults[v.name] == nil {
+			env.faults[v.name] = "is missing"
 		}
 	}
-	if fault != "" {
-		env.wrong = append(env.wrong, errors.New(name+fault+": "+variables[i].about))
-	}
-	return result
+	return env
 }
 
-func anyText(v string) (string, error) { return v, nil }
-
-func between(least, most int) func(string) (int, error) {
-	return func(v string) (int, error) {
-		n, err := strconv.Atoi(v)
-		if n < least || n > most {
-			err = strconv.ErrRange
-		}
-		return n, err
+// setting is the value of a variable, zero where it is empty or not right.
+func setting[T any](env *inputs, name string, parse func(string) (T, error)) (v T) {
+	if p := take(env, name, parsed("is not right", parse)); p != nil {
+		v = *p
 	}
+	return v
 }
+
+func parseAny(v string) (string, error) { return v, nil }
 
 func parseTTL(v string) (time.Duration, error) {
 	if _, notSeconds := strconv.Atoi(v); notSeconds == nil {
@@ -297,7 +291,7 @@ func parseTTL(v string) (time.Duration, error) {
 
 func parseIssuer(v string) (string, error) {
 	u, err := url.Parse(v)
-	if v != "" && err == nil && (u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil ||
+	if err == nil && (u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil ||
 		strings.ContainsAny(v, `?#"\ `) || strings.HasSuffix(v, "/")) {
 		err = strconv.ErrSyntax
 	}
@@ -306,7 +300,7 @@ func parseIssuer(v string) (string, error) {
 
 func parseOrigin(v string) (string, error) {
 	u, err := url.Parse(v)
-	if v != "" && err == nil && (u.Host == "" || u.Scheme+"://"+u.Host != v) {
+	if err == nil && (u.Host == "" || u.Scheme+"://"+u.Host != v) {
 		err = strconv.ErrSyntax
 	}
 	return v, err
@@ -853,22 +847,6 @@ func respond(w http.ResponseWriter, status int, body any) {
 	w.Write(b) // an error means that the client has gone
 }
 
-// faults say for each field what is wrong with it.
-type faults map[string]any
-
-func (bad faults) problem() error {
-	if len(bad) == 0 {
-		return nil
-	}
-	return errValidation.with(bad)
-}
-
-func (bad faults) checkOneOf(name string, value *string, allowed []string) {
-	if value != nil && !slices.Contains(allowed, *value) {
-		bad[name] = "must be one of " + strings.Join(allowed, ", ")
-	}
-}
-
 // readBody reads up to maxBody bytes.
 func (r *request) readBody() ([]byte, error) {
 	body, err := io.ReadAll(r.Body)
@@ -881,11 +859,90 @@ func (r *request) readBody() ([]byte, error) {
 	return body, nil
 }
 
-// decode reads a body: one JSON object with the names of T, each once and
-// spelled as T spells it, none null, in valid UTF-8, and nothing
-// after it. It reports every fault at once. All fields of T must be pointers
-// with omitempty.
-func decode[T interface{ check(faults) }](r *request) (q T, err error) {
+// Inputs are named values from outside: of the environment, of a JSON object or
+// of a query string. Who takes one says how it must be. All that is wrong is
+// reported at once.
+type inputs struct {
+	values map[string]any // text, or whatever JSON has; what was taken is gone
+	known  []string       // names that were asked for
+	faults map[string]any // what is wrong, by name
+}
+
+func newInputs() *inputs { return &inputs{values: map[string]any{}, faults: map[string]any{}} }
+
+// take takes a value, which read reads, or says in its error how it must be.
+// Nil is none.
+func take[T any](in *inputs, name string, read func(any) (T, error)) *T {
+	value, given := in.values[name]
+	delete(in.values, name)
+	in.known = append(in.known, name)
+	if !given {
+		return nil
+	}
+	v, err := read(value)
+	if err != nil {
+		in.faults[name] = err.Error()
+		return nil
+	}
+	return &v
+}
+
+// parsed reads text that parse can read, or says must.
+func parsed[T any](must string, parse func(string) (T, error)) func(any) (T, error) {
+	return func(value any) (v T, err error) {
+		text, ok := value.(string)
+		if ok {
+			v, err = parse(text)
+		}
+		if !ok || err != nil {
+			err = errors.New(must)
+		}
+		return v, err
+	}
+}
+
+func matching(must string, ok func(string) bool) func(any) (string, error) {
+	return parsed(must, func(s string) (string, error) {
+		if !ok(s) {
+			return "", strconv.ErrSyntax
+		}
+		return s, nil
+	})
+}
+
+func oneOf(allowed []string) func(any) (string, error) {
+	return matching("must be one of "+strings.Join(allowed, ", "), func(s string) bool { return slices.Contains(allowed, s) })
+}
+
+func whole(least, most int) func(any) (int, error) {
+	return parsed(fmt.Sprintf("must be a whole number from %d to %d", least, most), parseWhole(least, most))
+}
+
+func parseWhole(least, most int) func(string) (int, error) {
+	return func(v string) (int, error) {
+		n, err := strconv.Atoi(v)
+		if n < least || n > most || strconv.Itoa(n) != v {
+			err = strconv.ErrRange
+		}
+		return n, err
+	}
+}
+
+// problem says what is wrong, and what was not asked for, which is wrong too.
+func (in *inputs) problem() error {
+	for name := range in.values {
+		in.faults[clip(name)] = "is not known here; there are " + strings.Join(in.known, ", ")
+	}
+	if len(in.faults) == 0 {
+		return nil
+	}
+	return errValidation.with(in.faults)
+}
+
+// decode reads a body: one JSON object in UTF-8 with each name once, spelled as
+// read asks for it, and nothing after it. Go's decoder alone would let repeated
+// and oddly cased names, null and invalid UTF-8 pass.
+func decode[T any](r *request, read func(*inputs) T) (q T, err error) {
 	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 		return q, errMediaType
 	}
@@ -893,111 +950,57 @@ func decode[T interface{ check(faults) }](r *request) (q T, err error) {
 	if err != nil {
 		return q, err
 	}
-	fields, ok := splitObject(body)
-	if !ok {
+	in, d := newInputs(), json.NewDecoder(bytes.NewReader(body))
+	first, err := d.Token()
+	good := err == nil && first == json.Delim('{') && utf8.Valid(body)
+	for good && d.More() {
+		var value any
+		token, err := d.Token()
+		name, _ := token.(string)
+		_, again := in.values[name]
+		good = err == nil && !again && d.Decode(&value) == nil
+		in.values[name] = value
+	}
+	_, openErr := d.Token() // the closing brace
+	if _, end := d.Token(); !good || openErr != nil || end != io.EOF {
 		return q, errValidation.because("The body must be one JSON object in UTF-8, without repeated names, and nothing after it.")
 	}
-	bad, known := faults{}, faults{}
-	for name, value := range fields {
-		var alone T
-		key, _ := json.Marshal(name)
-		err := json.Unmarshal([]byte(`{`+string(key)+`:`+string(value)+`}`), &alone)
-		again, _ := json.Marshal(alone)
-		switch {
-		case string(value) == "null":
-			bad[clip(name)] = "must not be null; leave it out"
-		case err != nil:
-			bad[clip(name)] = "must be a time like 2030-01-01T00:00:00Z"
-			if wrong, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
-				bad[clip(name)] = "must not be, or hold, a JSON " + wrong.Value
-			}
-		case !bytes.HasPrefix(again, []byte(`{`+string(key)+`:`)): // or Go took it for another name
-			bad[clip(name)] = "is not a field of this request"
-		}
-	}
-	if err := json.Unmarshal(body, &q); err != nil && len(bad) == 0 {
-		return q, errValidation
-	}
-	q.check(known)
-	for name, fault := range known {
-		if bad[name] == nil { // else the first one says more
-			bad[name] = fault
-		}
-	}
-	return q, bad.problem()
+	q = read(in)
+	return q, in.problem()
 }
 
-// splitObject takes one JSON object apart. Go's decoder alone would let
-// repeated names and invalid UTF-8 pass.
-func splitObject(body []byte) (map[string]json.RawMessage, bool) {
-	d := json.NewDecoder(bytes.NewReader(body))
-	if t, err := d.Token(); err != nil || t != json.Delim('{') || !utf8.Valid(body) {
-		return nil, false
+// query is what the query string has, each name once.
+func (r *request) query() *inputs {
+	in := newInputs()
+	values, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		in.faults["query"] = "has a bad escape, or a ';'"
 	}
-	fields := map[string]json.RawMessage{}
-	for d.More() {
-		t, err := d.Token()
-		name, _ := t.(string)
-		var value json.RawMessage
-		if err != nil || d.Decode(&value) != nil {
-			return nil, false
+	for name, list := range values {
+		if in.values[name] = list[0]; len(list) > 1 {
+			in.values[name] = list
 		}
-		if _, again := fields[name]; again {
-			return nil, false
-		}
-		fields[name] = value
 	}
-	if _, err := d.Token(); err != nil { // the closing brace
-		return nil, false
-	}
-	_, err := d.Token()
-	return fields, err == io.EOF
+	return in
 }
 
 const countedTo = 10_000 // rows of a list; beyond, counting costs more than it tells
 
-// A query is that of a list, checked: its filters, those not asked for null.
-type query struct {
-	values      map[string]*string
-	page, limit int
-}
+// A span is the part of a list that is asked for.
+type span struct{ page, limit int }
 
-// parseQuery reads the parameters of these names, each at most once.
-func parseQuery(r *request, bad faults, names ...string) query {
-	q := query{values: map[string]*string{}, page: 1, limit: 20}
-	values, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		bad["query"] = "has a bad escape, or a ';'"
+func (in *inputs) span() span {
+	part := span{1, 20}
+	if page := take(in, "page", whole(1, countedTo)); page != nil {
+		part.page = *page
 	}
-	for name, list := range values {
-		switch {
-		case !slices.Contains(names, name):
-			bad[clip(name)] = "is not a parameter here; there are " + strings.Join(names, ", ")
-		case len(list) > 1 || !utf8.ValidString(list[0]) || strings.Contains(list[0], "\x00"):
-			bad[name] = "must be there once, in UTF-8 without NUL"
-		default:
-			q.values[name] = &list[0]
-		}
+	if limit := take(in, "limit", whole(1, 100)); limit != nil {
+		part.limit = *limit
 	}
-	q.page = int(bad.number("page", q.values["page"], 1, countedTo))
-	q.limit = int(bad.number("limit", q.values["limit"], 20, 100))
-	if q.page*q.limit > countedTo {
-		bad["page"] = "goes beyond the 10,000th row; read on by cursor where there is one, or ask for less"
+	if part.page*part.limit > countedTo {
+		in.faults["page"] = "goes beyond the 10,000th row; read on by cursor where there is one, or ask for less"
 	}
-	return q
-}
-
-// number reads a whole number from 1 to most; absent, it is preset.
-func (bad faults) number(name string, value *string, preset, most int64) int64 {
-	if value == nil {
-		return preset
-	}
-	n, err := strconv.ParseInt(*value, 10, 64)
-	if err != nil || n < 1 || n > most || strconv.FormatInt(n, 10) != *value {
-		bad[name] = fmt.Sprintf("must be a whole number from 1 to %d", most)
-		return preset
-	}
-	return n
+	return part
 }
 
 // A page of a list.
@@ -1012,9 +1015,9 @@ type page[T any] struct {
 // list returns a page of the rows of a query, and whether there are more. Args
 // name its arguments. It is planned for just these: a plan for any filters
 // would fit none. Tail orders it and is not counted.
-func list[T any](ctx context.Context, db querier, q query, args pgx.NamedArgs, columns, from, tail string) (page[T], bool, error) {
-	p := page[T]{Page: q.page, Limit: q.limit}
-	args["limit"], args["offset"], args["counted"] = q.limit+1, (q.page-1)*q.limit, countedTo+1
+func list[T any](ctx context.Context, db querier, part span, args pgx.NamedArgs, columns, from, tail string) (page[T], bool, error) {
+	p := page[T]{Page: part.page, Limit: part.limit}
+	args["limit"], args["offset"], args["counted"] = part.limit+1, (part.page-1)*part.limit, countedTo+1
 	rows, _ := db.Query(ctx, `select `+columns+from+tail+` limit @limit offset @offset`, pgx.QueryExecModeExec, args)
 	var err error
 	if p.Data, err = pgx.CollectRows(rows, pgx.RowToStructByName[T]); err != nil {
@@ -1025,23 +1028,16 @@ func list[T any](ctx context.Context, db querier, q query, args pgx.NamedArgs, c
 		return p, false, fmt.Errorf("counting: %w", err)
 	}
 	p.Capped, p.Total = p.Total > countedTo, min(p.Total, countedTo)
-	more := len(p.Data) > q.limit
-	p.Data = p.Data[:min(len(p.Data), q.limit)]
+	more := len(p.Data) > part.limit
+	p.Data = p.Data[:min(len(p.Data), part.limit)]
 	return p, more, nil
-}
-
-// A change is a transaction that changes something.
-type change struct {
-	pgx.Tx
-	revocations []revocation // to be told to Redis once they are committed
 }
 
 // change does something and records it in one transaction, and returns when
 // what it revoked is refused by every copy. An event without an action is none.
-func (s *server) change(r *request, do func(context.Context, *change) (event, error)) error {
-	ctx, tx := r.Context(), &change{}
-	err := transact(ctx, s.db, func(begun pgx.Tx) error {
-		tx.Tx = begun
+func (s *server) change(r *request, do func(context.Context, pgx.Tx) (event, error)) error {
+	ctx := r.Context()
+	err := transact(ctx, s.db, func(tx pgx.Tx) error {
 		e, err := do(ctx, tx)
 		if err != nil || e.Action == "" {
 			return err
@@ -1051,11 +1047,10 @@ func (s *server) change(r *request, do func(context.Context, *change) (event, er
 		}
 		return appendEvents(ctx, tx, []event{e})
 	})
-	if err != nil {
-		return err
+	if err == nil {
+		s.publish(ctx)
 	}
-	s.publish(ctx, tx.revocations)
-	return nil
+	return err
 }
 
 var idPattern = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)

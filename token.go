@@ -265,8 +265,8 @@ func (s *server) revokeToken(r *request) (any, error) {
 	if c.Subject != r.caller.agentID && !r.caller.has(agentsWrite) {
 		return nil, s.refused(r, e, errForm.because("This token was issued to another client."))
 	}
-	return struct{}{}, s.change(r, func(ctx context.Context, tx *change) (event, error) {
-		fresh, err := tx.revoke(ctx, "token", c.ID, time.Unix(c.Expires, 0).Add(time.Hour))
+	return struct{}{}, s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
+		fresh, err := revoke(ctx, tx, "token", c.ID, time.Unix(c.Expires, 0).Add(time.Hour))
 		if !fresh {
 			return event{}, err // revoked before: nothing happens that would be an event
 		}
@@ -301,14 +301,9 @@ type revocation struct {
 	Lifetime int64 // milliseconds until it is of no use
 }
 
-const revocationColumns = `
-	id, case when lifted then -revision else revision end as revision,
-	greatest(1, ceil(extract(epoch from expires_at - now()) * 1000))::bigint as lifetime`
-
 // revoke is part of a change: what bears this id is refused from the answer
 // on. Fresh is false where it was revoked already.
-func (tx *change) revoke(ctx context.Context, kind, id string, expires time.Time) (fresh bool, err error) {
-	var r revocation
+func revoke(ctx context.Context, tx pgx.Tx, kind, id string, expires time.Time) (fresh bool, err error) {
 	err = tx.QueryRow(ctx, `
 		insert into token_revocations as old (id, kind, expires_at)
 		values ($1, $2, $3)
@@ -316,26 +311,19 @@ func (tx *change) revoke(ctx context.Context, kind, id string, expires time.Time
 		set lifted = false, in_redis = false, revision = default,
 			revoked_at = date_trunc('milliseconds', clock_timestamp()),
 			expires_at = greatest(old.expires_at, excluded.expires_at)
-		returning `+revocationColumns+`, xmax = 0`, id, kind, expires).
-		Scan(&r.ID, &r.Revision, &r.Lifetime, &fresh)
+		returning xmax = 0`, id, kind, expires).Scan(&fresh)
 	if err != nil {
 		return false, fmt.Errorf("revoking: %w", err)
 	}
-	tx.revocations = append(tx.revocations, r)
 	return fresh, nil
 }
 
 // lift is part of a change: what was revoked counts again.
-func (tx *change) lift(ctx context.Context, id string) error {
-	r, err := one[revocation](ctx, tx, nil, "lifting a revocation", `
+func lift(ctx context.Context, tx pgx.Tx, id string) error {
+	return execSQL(ctx, tx, "lifting a revocation", `
 		update token_revocations
 		set lifted = true, in_redis = false, revision = default
-		where id = $1
-		returning `+revocationColumns, id)
-	if err == nil && r.ID != "" { // else it has expired
-		tx.revocations = append(tx.revocations, r)
-	}
-	return err
+		where id = $1`, id)
 }
 
 // isRevoked asks PostgreSQL.
@@ -374,8 +362,8 @@ func (c *cache) put(ctx context.Context, list []revocation) error {
 
 // publish makes committed revocations effective on every copy before it
 // returns: in Redis, or by waiting until no copy trusts Redis without them.
-func (s *server) publish(ctx context.Context, list []revocation) {
-	if len(list) > 0 && s.redis.put(ctx, list) != nil {
+func (s *server) publish(ctx context.Context) {
+	if s.copyRevocations(ctx, s.db, false) != nil {
 		time.Sleep(lease)
 	}
 }
@@ -416,13 +404,13 @@ func (s *server) keepWarm(ctx context.Context) error {
 		err = errEvicts
 	} else if cold {
 		slog.Info("warming redis up")
-		err = errors.Join(s.forgetQuotas(ctx), s.copyRevocations(ctx, true))
+		err = errors.Join(s.forgetQuotas(ctx), s.copyRevocations(ctx, s.inner, true))
 	}
 	if err == nil && cold { // from here on, what Redis lacks is not in_redis
 		state, err = s.redis.run(ctx, leaseScript, keys, "go on")
 	}
 	if err == nil {
-		err = s.copyRevocations(ctx, false)
+		err = s.copyRevocations(ctx, s.inner, false)
 	}
 	if err != nil {
 		return err
@@ -447,41 +435,41 @@ func (s *server) forgetQuotas(ctx context.Context) error {
 	return nil
 }
 
-// copyRevocations copies all rows, or those that Redis may lack, in pieces.
-func (s *server) copyRevocations(ctx context.Context, all bool) error {
+// copyRevocations copies to Redis all rows, or those that it may lack.
+func (s *server) copyRevocations(ctx context.Context, db querier, all bool) error {
 	last, err := int64(0), error(nil)
 	for more := true; more && err == nil; {
-		last, more, err = s.copyPiece(ctx, all, last)
+		last, more, err = s.copyPiece(ctx, db, all, last)
 	}
 	return err
 }
 
 // copyPiece copies the next rows after a revision.
-func (s *server) copyPiece(ctx context.Context, all bool, after int64) (last int64, more bool, err error) {
+func (s *server) copyPiece(ctx context.Context, db querier, all bool, after int64) (last int64, more bool, err error) {
 	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
 	defer cancel()
-	rows, _ := s.inner.Query(ctx, `
-		select `+revocationColumns+`
+	rows, _ := db.Query(ctx, `
+		select id, case when lifted then -revision else revision end,
+			greatest(1, ceil(extract(epoch from expires_at - now()) * 1000))::bigint
 		from token_revocations
 		where revision > $1 and expires_at > now() and ($2::boolean or not in_redis)
 		order by revision
 		limit 1000`, pgx.QueryExecModeExec, after, all)
 	piece, err := pgx.CollectRows(rows, pgx.RowToStructByPos[revocation])
-	if err != nil || len(piece) == 0 {
-		return after, false, err
+	if err == nil && len(piece) > 0 {
+		err = s.redis.put(ctx, piece)
 	}
-	if err := s.redis.put(ctx, piece); err != nil {
+	if err != nil || len(piece) == 0 {
 		return after, false, err
 	}
 	revisions := make([]int64, len(piece))
 	for i, r := range piece {
 		revisions[i] = max(r.Revision, -r.Revision)
 	}
-	_, err = s.inner.Exec(ctx, `
+	return slices.Max(revisions), true, execSQL(ctx, db, "marking what Redis has", `
 		update token_revocations
 		set in_redis = true
 		where not in_redis and revision = any($1)`, revisions)
-	return slices.Max(revisions), true, err
 }
 
 // startKeeper starts what watches over both stores, and returns what stops it.
