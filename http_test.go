@@ -313,7 +313,7 @@ func TestBearerTokenIsAskedForAsTheRFCSays(t *testing.T) {
 	t.Parallel()
 	v := newService(t)
 	weak := v.mint(v.newAgent("resumes:read"), newID())
-	const none = `Bearer realm="agentidp"`
+	none := `Bearer realm="agentidp", resource_metadata="` + v.url + `/.well-known/oauth-protected-resource"`
 	for _, row := range []struct {
 		name, path  string
 		header      []string

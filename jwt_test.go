@@ -790,6 +790,9 @@ func TestMetadataThatClientsAccept(t *testing.T) {
 	t.Parallel()
 	v := newService(t)
 	a := v.want(v.do("GET", "/.well-known/oauth-authorization-server", ""), 200, "")
+	if same := v.want(v.do("GET", "/.well-known/openid-configuration", ""), 200, ""); same.raw != a.raw {
+		t.Errorf("there are two documents, %v and %v, want one", a, same)
+	}
 	methods := "[client_secret_basic client_secret_post]"
 	want := map[string]string{
 		"issuer":                                        v.url,
@@ -802,6 +805,8 @@ func TestMetadataThatClientsAccept(t *testing.T) {
 		"response_types_supported":                      "[none]",
 		"code_challenge_methods_supported":              "[S256]",
 		"scopes_supported":                              "[agents:read agents:write tokens:read audit:read credentials:write]",
+		"subject_types_supported":                       "[public]",
+		"id_token_signing_alg_values_supported":         "[RS256]",
 		"token_endpoint_auth_methods_supported":         methods,
 		"introspection_endpoint_auth_methods_supported": methods,
 		"revocation_endpoint_auth_methods_supported":    methods,
@@ -817,13 +822,29 @@ func TestMetadataThatClientsAccept(t *testing.T) {
 		}
 	}
 	v.want(v.do("GET", "/api/v1/authorize?response_type=code&client_id=x&redirect_uri=https://evil.example.com", ""), 400, "unsupported_response_type")
-	// Clients probe these: JSON, whatever the answer. do insists on it.
-	for _, path := range []string{"/.well-known/openid-configuration", "/.well-known/oauth-protected-resource", "/.well-known/oauth-authorization-server/api/v1"} {
-		a := v.want(v.do("GET", path, ""), 404, "NOT_FOUND")
-		if got := a.header.Get("Content-Type"); got != "application/json" {
-			t.Errorf("%s is of type %q, want application/json", path, got)
+	// Clients probe this: JSON, whatever the answer. do insists on it.
+	v.want(v.do("GET", "/.well-known/oauth-authorization-server/api/v1", ""), 404, "NOT_FOUND")
+}
+
+// What who is refused for want of a token learns of where to get one.
+func TestProtectedResourceSaysWhoIssuesItsTokens(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	a := v.want(v.do("GET", "/api/v1/agents", ""), 401, "UNAUTHORIZED")
+	_, where, _ := strings.Cut(a.header.Get("WWW-Authenticate"), `resource_metadata="`+v.url)
+	where = strings.TrimSuffix(where, `"`)
+	a = v.want(v.do("GET", where, ""), 200, "")
+	for name, want := range map[string]string{
+		"resource": v.url, "authorization_servers": "[" + v.url + "]", "jwks_uri": v.url + "/.well-known/jwks.json",
+		"scopes_supported": fmt.Sprint(ourScopes), "bearer_methods_supported": "[header]",
+	} {
+		if got := fmt.Sprint(a.body[name]); got != want {
+			t.Errorf("the resource has %s %s, want %s", name, got, want)
 		}
 	}
+	// A token for that resource is one for us.
+	token := v.want(v.form(v.id, v.secret, "", "grant_type=client_credentials&resource="+a.text("resource")), 200, "").text("access_token")
+	v.want(v.api(token, "GET", "/agents", ""), 200, "")
 }
 
 // FuzzVerify puts text in place of any piece of a good token: nothing but that

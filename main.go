@@ -522,6 +522,8 @@ func (s *server) routes() []route {
 
 		{"GET /.well-known/jwks.json", 200, public, s.showKeys, rest, ""},
 		{"GET /.well-known/oauth-authorization-server", 200, public, s.showMetadata, rest, ""},
+		{"GET /.well-known/openid-configuration", 200, public, s.showMetadata, rest, ""}, // where many clients look for it
+		{"GET /.well-known/oauth-protected-resource", 200, public, s.showResource, rest, ""},
 		{"GET /health", 200, public, s.showHealth, rest, ""},
 		{"GET /livez", 200, public, showLife, rest, ""},
 		{"GET /readyz", 200, public, s.showHealth, rest, ""},
@@ -649,7 +651,7 @@ func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (answered b
 		return false
 	}
 	h.Set("Access-Control-Allow-Origin", s.cfg.corsOrigin)
-	h.Set("Access-Control-Expose-Headers", "Retry-After, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-Id")
+	h.Set("Access-Control-Expose-Headers", "Retry-After, RateLimit, RateLimit-Policy, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-Id")
 	if r.Method != http.MethodOptions || r.Header.Get("Access-Control-Request-Method") == "" {
 		return false
 	}
@@ -798,7 +800,7 @@ func (s *server) fail(r *request, rt route, err error) (status int, code string,
 		r.out.Set("Retry-After", "1")
 	}
 	if p.status == http.StatusUnauthorized || p.scope != "" {
-		challenge(r, rt.form, p)
+		s.challenge(r, rt.form, p)
 	}
 	if rt.form == oauth {
 		return p.status, p.oauth, map[string]string{"error": p.oauth, "error_description": p.message}
@@ -812,18 +814,20 @@ func (s *server) fail(r *request, rt route, err error) (status int, code string,
 
 // challenge says how to authenticate: in the way that was tried (RFC 6749,
 // section 5.2), with the reason beside it (RFC 6750, section 3), which isn't
-// there where nothing was tried. A secret in the form has no challenge.
-func challenge(r *request, form envelope, p *problem) {
+// there where nothing was tried. Who needs a token is told where to read of whom
+// to ask for it (RFC 9728, section 5.1). A secret in the form has no challenge.
+func (s *server) challenge(r *request, form envelope, p *problem) {
 	const realm = ` realm="agentidp"`
+	bearer := "Bearer" + realm + `, resource_metadata="` + s.cfg.issuer + `/.well-known/oauth-protected-resource"`
 	reason := `, error="` + p.oauth + `", error_description="` + p.message + `"`
 	if p.scope != "" {
 		reason += `, scope="` + p.scope + `"`
 	}
 	switch {
 	case r.presents("Bearer") && p.oauth != errNoClient.oauth:
-		r.out.Set("WWW-Authenticate", "Bearer"+realm+reason)
+		r.out.Set("WWW-Authenticate", bearer+reason)
 	case form == rest:
-		r.out.Set("WWW-Authenticate", "Bearer"+realm)
+		r.out.Set("WWW-Authenticate", bearer)
 	case r.Header.Get("Authorization") != "":
 		r.out.Set("WWW-Authenticate", "Basic"+realm+reason)
 	case r.form.Get("client_secret") == "":
@@ -1126,7 +1130,8 @@ func (s *server) showKeys(r *request) (any, error) {
 
 // showMetadata is RFC 8414. Response types, challenge methods and the
 // authorization endpoint, which refuses, are there for client libraries that
-// don't accept a server without.
+// don't accept a server without; subject types and the algorithms of ID tokens,
+// of which there are none, for those that expect OpenID Connect.
 func (s *server) showMetadata(r *request) (any, error) {
 	r.out.Set("Cache-Control", "public, max-age=300")
 	issuer, secret := s.cfg.issuer, []string{"client_secret_basic", "client_secret_post"}
@@ -1141,8 +1146,20 @@ func (s *server) showMetadata(r *request) (any, error) {
 		"response_types_supported":                      []string{"none"},
 		"code_challenge_methods_supported":              []string{"S256"},
 		"scopes_supported":                              ourScopes,
+		"subject_types_supported":                       []string{"public"},
+		"id_token_signing_alg_values_supported":         []string{"RS256"},
 		"token_endpoint_auth_methods_supported":         secret,
 		"introspection_endpoint_auth_methods_supported": secret,
 		"revocation_endpoint_auth_methods_supported":    secret,
+	}, nil
+}
+
+// showResource describes our own API as one that takes our tokens (RFC 9728,
+// section 2).
+func (s *server) showResource(r *request) (any, error) {
+	r.out.Set("Cache-Control", "public, max-age=300")
+	return map[string]any{
+		"resource": s.cfg.issuer, "authorization_servers": []string{s.cfg.issuer}, "jwks_uri": s.cfg.issuer + "/.well-known/jwks.json",
+		"scopes_supported": ourScopes, "bearer_methods_supported": []string{"header"},
 	}, nil
 }

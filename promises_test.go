@@ -19,7 +19,7 @@ import (
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 3510
+const maxLines = 3540
 
 // A sourceFile is a Go file of the package, parsed.
 type sourceFile struct {
@@ -165,6 +165,8 @@ var publicRoutes = []string{
 	"GET /api/v1/authorize", // which refuses everything
 	"GET /.well-known/jwks.json",
 	"GET /.well-known/oauth-authorization-server",
+	"GET /.well-known/oauth-protected-resource",
+	"GET /.well-known/openid-configuration",
 	"GET /health",
 	"GET /livez",
 	"GET /readyz",

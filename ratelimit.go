@@ -187,8 +187,9 @@ func (v verdict) remaining() int64 {
 	return max(0, v.limit-int64(math.Ceil(weighted)))
 }
 
-// setHeaders tells the client its limit. Reset is when this minute's window
-// ends, or for a refused client when to try again, in seconds since 1970.
+// setHeaders tells the client its limit, in the widespread form and in that of
+// draft-ietf-httpapi-ratelimit-headers. Reset is when this minute's window ends,
+// or for a refused client when to try again: in seconds since 1970, and from now.
 func (v verdict) setHeaders(h http.Header) {
 	if v.limit == 0 || v.now == 0 {
 		return
@@ -201,6 +202,8 @@ func (v verdict) setHeaders(h http.Header) {
 	h.Set("X-RateLimit-Limit", strconv.FormatInt(v.limit, 10))
 	h.Set("X-RateLimit-Remaining", strconv.FormatInt(v.remaining(), 10))
 	h.Set("X-RateLimit-Reset", strconv.FormatInt(reset, 10))
+	h.Set("RateLimit-Policy", fmt.Sprintf(`"minute";q=%d;w=60`, v.limit))
+	h.Set("RateLimit", fmt.Sprintf(`"minute";r=%d;t=%d`, v.remaining(), reset-v.now/1000))
 }
 
 func monthKey(clientID string, t time.Time) string {

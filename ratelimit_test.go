@@ -200,6 +200,13 @@ func TestLimitedAnswersSayTheLimit(t *testing.T) {
 			if n := a.number(t, "X-RateLimit-Reset"); n != (minute+1)*60 && n != (minute+2)*60 {
 				t.Errorf("X-RateLimit-Reset of %s = %d, want the end of this minute, %d", call.name, n, (minute+1)*60)
 			}
+			if policy, want := a.header.Get("RateLimit-Policy"), fmt.Sprintf(`"minute";q=%d;w=60`, limit); policy != want {
+				t.Errorf("RateLimit-Policy of %s = %s, want %s", call.name, policy, want)
+			}
+			var left, until int
+			if n, err := fmt.Sscanf(a.header.Get("RateLimit"), `"minute";r=%d;t=%d`, &left, &until); n != 2 || left != limit-i-1 || until < 1 || until > 60 {
+				t.Errorf("RateLimit of %s = %s (%v), want %d left until within a minute", call.name, a.header.Get("RateLimit"), err, limit-i-1)
+			}
 			if a.header.Get("Retry-After") != "" {
 				t.Errorf("%s has Retry-After", call.name)
 			}
