@@ -1129,7 +1129,7 @@ func TestCheckpointIsTakenOnlyFromItsIssuer(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, printed, _ := strings.Cut(strings.TrimSpace(out), "\ncheckpoint: ")
-	otherPEM, err := newKeyPEM()
+	otherPEM, err := newKeyPEM("RS256")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,17 +3,21 @@ package main
 import (
 	"bytes"
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 	"time"
 )
@@ -37,7 +41,7 @@ var (
 	// is nobody's business but its issuer's, so there is only one of it.
 	errBadToken = errors.New("not a valid token")
 
-	errKey = errors.New("not RSA keys of 2048 to 8192 bits in PEM")
+	errKey = errors.New("not RSA keys of 2048 to 8192 bits or P-256 keys, in PEM")
 )
 
 // claims are those of an access token (RFC 9068, section 2.2). The order here
@@ -80,45 +84,48 @@ func (a *audience) UnmarshalJSON(b []byte) error {
 }
 
 // A keyset signs with one key and verifies with that and any number of others.
+// The key decides the algorithm.
 type keyset struct {
-	private *rsa.PrivateKey
+	private crypto.Signer
 	public  []publicKey // the signing key's first
 	macKey  []byte
 }
 
 type publicKey struct {
-	key     *rsa.PublicKey
-	kid     string            // the thumbprint of the key (RFC 7638)
+	key     crypto.PublicKey
+	jwk     map[string]string // as it is published; its kid is the thumbprint of the key (RFC 7638)
 	headers map[string]string // by typ, the one encoded header that this key's tokens have
 }
 
-// newKeyset takes the key that signs: one PEM block, PKCS#8 or PKCS#1.
+// newKeyset takes the key that signs: one PEM block, PKCS#8, PKCS#1 or SEC 1.
 func newKeyset(text string) (*keyset, error) {
 	keys, err := parsePEM(text)
 	if err != nil {
 		return nil, err
 	}
-	private, ok := keys[0].(*rsa.PrivateKey)
+	private, ok := keys[0].(crypto.Signer)
 	if !ok || len(keys) != 1 {
 		return nil, errKey
 	}
-	mac := sha256.Sum256(append([]byte("agentidp mac key"), private.D.Bytes()...))
-	k := &keyset{private: private, macKey: mac[:]}
-	return k, k.add(&private.PublicKey)
+	k := &keyset{private: private}
+	if err := k.add(private.Public()); err != nil {
+		return nil, err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(private)
+	mac := sha256.Sum256(append([]byte("agentidp mac key"), der...))
+	k.macKey = mac[:]
+	return k, err
 }
 
 // publish takes further keys that verify: PEM blocks, PKIX or PKCS#1.
 func (k *keyset) publish(text string) (any, error) {
-	if strings.TrimSpace(text) == "" {
-		return nil, nil
-	}
 	if k == nil { // the key that signs is not right, and is complained of
 		k = &keyset{}
 	}
 	keys, err := parsePEM(text)
 	for _, key := range keys {
-		if public, ok := key.(*rsa.PublicKey); !ok || k.add(public) != nil {
-			return nil, errKey
+		if err == nil {
+			err = k.add(key)
 		}
 	}
 	return nil, err
@@ -139,6 +146,8 @@ func parsePEM(text string) (keys []any, err error) {
 			key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
 		case "RSA PRIVATE KEY":
 			key, err = x509.ParsePKCS1PrivateKey(block.Bytes)
+		case "EC PRIVATE KEY":
+			key, err = x509.ParseECPrivateKey(block.Bytes)
 		case "PUBLIC KEY":
 			key, err = x509.ParsePKIXPublicKey(block.Bytes)
 		case "RSA PUBLIC KEY":
@@ -155,34 +164,51 @@ func parsePEM(text string) (keys []any, err error) {
 	return keys, nil
 }
 
-// add makes a key of 2048 to 8192 bits verify. A key that is there already is not added again, so
-// that kids are unique.
-func (k *keyset) add(key *rsa.PublicKey) error {
-	if bits := key.N.BitLen(); bits < 2048 || bits > 8192 || key.E < 65537 {
+// add makes a public key verify: RSA of 2048 to 8192 bits, or P-256 (RFC 7518,
+// sections 3.3 and 3.4). A key that is there already is not added again, so that
+// kids are unique.
+func (k *keyset) add(key crypto.PublicKey) error {
+	var alg string
+	var jwk map[string]string // the members that its thumbprint is made of
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		if bits := key.N.BitLen(); bits < 2048 || bits > 8192 || key.E < 65537 {
+			return errKey
+		}
+		alg, jwk = "RS256", map[string]string{
+			"kty": "RSA", "n": b64.EncodeToString(key.N.Bytes()), "e": b64.EncodeToString(big.NewInt(int64(key.E)).Bytes()),
+		}
+	case *ecdsa.PublicKey:
+		point, err := key.Bytes() // 4, x and y
+		if err != nil || key.Curve != elliptic.P256() {
+			return errKey
+		}
+		alg, jwk = "ES256", map[string]string{
+			"kty": "EC", "crv": "P-256", "x": b64.EncodeToString(point[1:33]), "y": b64.EncodeToString(point[33:]),
+		}
+	default:
 		return errKey
 	}
-	n, e := encodeNumbers(key)
-	sum := sha256.Sum256([]byte(`{"e":"` + e + `","kty":"RSA","n":"` + n + `"}`)) // RFC 7638, section 3.3
-	kid := b64.EncodeToString(sum[:])
+	text, err := json.Marshal(jwk) // in the order of RFC 7638, section 3.3
+	if err != nil {
+		return fmt.Errorf("encoding a key: %w", err)
+	}
+	sum := sha256.Sum256(text)
+	jwk["use"], jwk["alg"], jwk["kid"] = "sig", alg, b64.EncodeToString(sum[:])
 	for _, have := range k.public {
-		if have.kid == kid {
+		if have.jwk["kid"] == jwk["kid"] {
 			return nil
 		}
 	}
 	headers := map[string]string{}
 	for _, typ := range []string{accessToken, auditCheckpoint} {
-		headers[typ] = b64.EncodeToString([]byte(`{"alg":"RS256","typ":"` + typ + `","kid":"` + kid + `"}`))
+		headers[typ] = b64.EncodeToString([]byte(`{"alg":"` + alg + `","typ":"` + typ + `","kid":"` + jwk["kid"] + `"}`))
 	}
-	k.public = append(k.public, publicKey{key: key, kid: kid, headers: headers})
+	k.public = append(k.public, publicKey{key, jwk, headers})
 	return nil
 }
 
-func encodeNumbers(key *rsa.PublicKey) (n, e string) {
-	return b64.EncodeToString(key.N.Bytes()), b64.EncodeToString(big.NewInt(int64(key.E)).Bytes())
-}
-
-// sign returns v as a JWT in compact form (RFC 7515, section 3.1), signed with
-// RSASSA-PKCS1-v1_5 and SHA-256 (RFC 7518, section 3.3).
+// sign returns v as a JWT in compact form (RFC 7515, section 3.1).
 func (k *keyset) sign(typ string, v any) (string, error) {
 	payload, err := json.Marshal(v)
 	if err != nil {
@@ -190,11 +216,49 @@ func (k *keyset) sign(typ string, v any) (string, error) {
 	}
 	signed := k.public[0].headers[typ] + "." + b64.EncodeToString(payload)
 	digest := sha256.Sum256([]byte(signed))
-	sig, err := rsa.SignPKCS1v15(nil, k.private, crypto.SHA256, digest[:])
+	sig, err := k.private.Sign(nil, digest[:], crypto.SHA256) // PKCS #1 v1.5, or deterministic ECDSA (RFC 6979)
+	if _, elliptic := k.private.(*ecdsa.PrivateKey); elliptic && err == nil {
+		sig, err = fixedSize(sig)
+	}
 	if err != nil {
 		return "", fmt.Errorf("signing: %w", err)
 	}
 	return signed + "." + b64.EncodeToString(sig), nil
+}
+
+// An ecdsaSignature is what Go has in ASN.1, and JWTs as two numbers of 32
+// bytes (RFC 7518, section 3.4). With (r, s), (r, n-s) is good too. We write the
+// one with the lesser s, and accept no other, so that a token has one form.
+type ecdsaSignature struct{ R, S *big.Int }
+
+func fixedSize(der []byte) ([]byte, error) {
+	var sig ecdsaSignature
+	if _, err := asn1.Unmarshal(der, &sig); err != nil {
+		return nil, err
+	}
+	if other := new(big.Int).Sub(elliptic.P256().Params().N, sig.S); other.Cmp(sig.S) < 0 {
+		sig.S = other
+	}
+	return append(sig.R.FillBytes(make([]byte, 32)), sig.S.FillBytes(make([]byte, 32))...), nil
+}
+
+// verifies tells whether sig is this key's signature of what has this digest.
+func (p publicKey) verifies(digest, sig []byte) bool {
+	switch key := p.key.(type) {
+	case *rsa.PublicKey:
+		return rsa.VerifyPKCS1v15(key, crypto.SHA256, digest, sig) == nil
+	case *ecdsa.PublicKey:
+		if len(sig) != 64 {
+			return false
+		}
+		der, err := asn1.Marshal(ecdsaSignature{new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])})
+		if err != nil || !ecdsa.VerifyASN1(key, digest, der) {
+			return false
+		}
+		ours, err := fixedSize(der)
+		return err == nil && bytes.Equal(sig, ours)
+	}
+	return false
 }
 
 // open reads a token of this type that one of our keys signed into v. It fails
@@ -207,13 +271,8 @@ func (k *keyset) open(typ, token string, v any) error {
 	payload64, sig64, _ := strings.Cut(rest, ".")
 	// The header is compared whole, not read: a token can't choose its
 	// algorithm or key (RFC 8725, section 3.1).
-	var key *rsa.PublicKey
-	for _, p := range k.public {
-		if header == p.headers[typ] {
-			key = p.key
-		}
-	}
-	if key == nil {
+	i := slices.IndexFunc(k.public, func(p publicKey) bool { return header == p.headers[typ] })
+	if i < 0 {
 		return errBadToken
 	}
 	sig, err := decodeSegment(sig64)
@@ -221,7 +280,7 @@ func (k *keyset) open(typ, token string, v any) error {
 		return errBadToken
 	}
 	digest := sha256.Sum256([]byte(header + "." + payload64))
-	if rsa.VerifyPKCS1v15(key, crypto.SHA256, digest[:], sig) != nil {
+	if !k.public[i].verifies(digest[:], sig) {
 		return errBadToken
 	}
 	payload, err := decodeSegment(payload64)
@@ -268,20 +327,34 @@ func (k *keyset) mac(label, message string) []byte {
 	return h.Sum(nil)
 }
 
-// jwks lists every key that verifies, the signing key's first, as it is
-// published (RFC 7517, section 4).
-func (k *keyset) jwks() []map[string]string {
-	var list []map[string]string
+// algorithms lists those of all keys.
+func (k *keyset) algorithms() (list []string) {
 	for _, p := range k.public {
-		n, e := encodeNumbers(p.key)
-		list = append(list, map[string]string{"kty": "RSA", "use": "sig", "alg": "RS256", "kid": p.kid, "n": n, "e": e})
+		if !slices.Contains(list, p.jwk["alg"]) {
+			list = append(list, p.jwk["alg"])
+		}
 	}
 	return list
 }
 
-// newKeyPEM makes a signing key of 2048 bits, in PKCS#8.
-func newKeyPEM() ([]byte, error) {
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
+// jwks lists every key that verifies, the signing key's first, as it is
+// published (RFC 7517, section 4).
+func (k *keyset) jwks() (list []map[string]string) {
+	for _, p := range k.public {
+		list = append(list, p.jwk)
+	}
+	return list
+}
+
+// newKeyPEM makes a signing key for RS256 (of 2048 bits) or ES256, in PKCS#8.
+func newKeyPEM(alg string) ([]byte, error) {
+	var key any
+	var err error
+	if alg == "ES256" {
+		key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	} else {
+		key, err = rsa.GenerateKey(rand.Reader, 2048)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("making a key: %w", err)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"crypto"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/elliptic"
 	"crypto/hmac"
 	"crypto/rand"
@@ -10,6 +11,7 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
@@ -27,35 +29,42 @@ import (
 
 const testIssuer = "https://id.example.com"
 
-// Two more keys beside testKey; making one takes seconds under -race.
+// More keys beside testKey; making one takes seconds under -race.
 var (
-	secondKey = sync.OnceValue(makeKey)
-	thirdKey  = sync.OnceValue(makeKey)
+	secondKey         = makeKey("RS256")
+	thirdKey          = makeKey("RS256")
+	ellipticKey       = makeKey("ES256")
+	secondEllipticKey = makeKey("ES256")
 )
 
-func makeKey() string {
-	key, err := newKeyPEM()
-	if err != nil {
-		panic(err)
-	}
-	return string(key)
+func makeKey(alg string) func() string {
+	return sync.OnceValue(func() string {
+		key, err := newKeyPEM(alg)
+		if err != nil {
+			panic(err)
+		}
+		return string(key)
+	})
 }
 
+// keyPairs are a signing key of each kind, and another one.
+var keyPairs = map[string][2]func() string{"RS256": {testKey, secondKey}, "ES256": {ellipticKey, secondEllipticKey}}
+
 // privateKey reads the PEM that newKeyPEM makes.
-func privateKey(t testing.TB, text string) *rsa.PrivateKey {
+func privateKey(t testing.TB, text string) crypto.Signer {
 	t.Helper()
 	block, _ := pem.Decode([]byte(text))
 	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return key.(*rsa.PrivateKey)
+	return key.(crypto.Signer)
 }
 
 // publicPEM is the public half of such a PEM, in PKIX.
 func publicPEM(t testing.TB, text string) string {
 	t.Helper()
-	return pkix(t, &privateKey(t, text).PublicKey)
+	return pkix(t, privateKey(t, text).Public())
 }
 
 func pkix(t testing.TB, key any) string {
@@ -70,7 +79,7 @@ func pkix(t testing.TB, key any) string {
 // readKeys is what the configuration does with both variables.
 func readKeys(private, public string) (*keyset, error) {
 	k, err := newKeyset(private)
-	if err == nil {
+	if err == nil && public != "" {
 		_, err = k.publish(public)
 	}
 	return k, err
@@ -99,18 +108,43 @@ func readPart(t testing.TB, token string, i int) string {
 	return string(b)
 }
 
-// sign256 signs what stands before the signature with RS256, whatever it is.
-func sign256(t testing.TB, key *rsa.PrivateKey, signed string) string {
+// sign256 signs what stands before the signature with RS256 or ES256, whatever
+// it is.
+func sign256(t testing.TB, key crypto.Signer, signed string) string {
 	t.Helper()
 	digest := sha256.Sum256([]byte(signed))
-	sig, err := rsa.SignPKCS1v15(nil, key, crypto.SHA256, digest[:])
+	sig, err := key.Sign(nil, digest[:], crypto.SHA256)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if _, elliptic := key.(*ecdsa.PrivateKey); elliptic {
+		r, s := numbersOf(t, sig)
+		if high := new(big.Int).Sub(orderP256, s); high.Cmp(s) < 0 {
+			s = high
+		}
+		sig = fixed(r, s)
 	}
 	return signed + "." + encode(string(sig))
 }
 
-func forge(t testing.TB, key *rsa.PrivateKey, header, payload string) string {
+var orderP256 = elliptic.P256().Params().N
+
+// numbersOf reads an ECDSA signature in ASN.1.
+func numbersOf(t testing.TB, der []byte) (r, s *big.Int) {
+	t.Helper()
+	var sig struct{ R, S *big.Int }
+	if _, err := asn1.Unmarshal(der, &sig); err != nil {
+		t.Fatal(err)
+	}
+	return sig.R, sig.S
+}
+
+// fixed is an ECDSA signature as a JWT has it.
+func fixed(r, s *big.Int) []byte {
+	return append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...)
+}
+
+func forge(t testing.TB, key crypto.Signer, header, payload string) string {
 	t.Helper()
 	return sign256(t, key, encode(header)+"."+encode(payload))
 }
@@ -141,7 +175,7 @@ type badToken struct{ name, token string }
 
 // badTokens are tokens that no verifier may accept, made from a good one: most
 // are signed by the right key, so that nothing but the fault can refuse them.
-func badTokens(t testing.TB, key *rsa.PrivateKey, good string, at time.Time) []badToken {
+func badTokens(t testing.TB, key crypto.Signer, good string, at time.Time) []badToken {
 	t.Helper()
 	var bad []badToken
 	add := func(name, token string) { bad = append(bad, badToken{name, token}) }
@@ -154,7 +188,7 @@ func badTokens(t testing.TB, key *rsa.PrivateKey, good string, at time.Time) []b
 	}
 
 	// The algorithm is never the token's choice (RFC 8725, section 3.1).
-	withAlg := func(alg string) string { return strings.Replace(header, "RS256", alg, 1) }
+	withAlg := func(alg string) string { return strings.Replace(header, h.Alg, alg, 1) }
 	for _, alg := range []string{"none", "None", "NONE", "nOnE", ""} {
 		unsigned := encode(withAlg(alg)) + "." + payload64 + "."
 		add("alg "+alg+" without signature", unsigned)
@@ -163,70 +197,106 @@ func badTokens(t testing.TB, key *rsa.PrivateKey, good string, at time.Time) []b
 	}
 	add("no alg", forge(t, key, fmt.Sprintf(`{"typ":%q,"kid":%q}`, h.Typ, h.Kid), payload))
 	add("alg twice", forge(t, key, strings.Replace(header, `"alg"`, `"alg":"none","alg"`, 1), payload))
-	add("alg as array", forge(t, key, strings.Replace(header, `"RS256"`, `["RS256"]`, 1), payload))
-	add("alg in lower case", forge(t, key, withAlg("rs256"), payload))
-	public := pkix(t, &key.PublicKey)
+	add("alg as array", forge(t, key, strings.Replace(header, `"`+h.Alg+`"`, `["`+h.Alg+`"]`, 1), payload))
+	add("alg in lower case", forge(t, key, withAlg(strings.ToLower(h.Alg)), payload))
+	public := pkix(t, key.Public())
 	block, _ := pem.Decode([]byte(public))
-	for name, secret := range map[string]string{
+	secrets := map[string]string{
 		"the public PEM": public, "the PEM without its last newline": strings.TrimSpace(public),
-		"the public DER": string(block.Bytes), "the modulus": string(key.N.Bytes()), "nothing": "",
-	} {
-		for alg, signed := range map[string]string{
-			"HS256": encode(withAlg("HS256")) + "." + payload64,
-			"RS256": header64 + "." + payload64,
+		"the public DER": string(block.Bytes), "nothing": "",
+	}
+	sig, _ := base64.RawURLEncoding.DecodeString(sig64)
+	var jwk, otherJWK, otherThumbprint string
+	other := privateKey(t, keyPairs[h.Alg][1]())
+	switch key := key.(type) {
+	case *rsa.PrivateKey:
+		n := func(key crypto.Signer) string { return encode(string(key.Public().(*rsa.PublicKey).N.Bytes())) }
+		secrets["the modulus"] = string(key.N.Bytes())
+		jwk, otherJWK = `{"kty":"RSA","n":"`+n(key)+`","e":"AQAB"}`, `{"kty":"RSA","n":"`+n(other)+`","e":"AQAB"}`
+		otherThumbprint = `{"e":"AQAB","kty":"RSA","n":"` + n(other) + `"}`
+		for alg, hash := range map[string]crypto.Hash{"RS384": crypto.SHA384, "RS512": crypto.SHA512} {
+			for _, said := range []string{alg, "RS256"} {
+				signed := encode(withAlg(said)) + "." + payload64
+				digest := sha512.New()
+				if hash == crypto.SHA384 {
+					digest = sha512.New384()
+				}
+				digest.Write([]byte(signed))
+				sig, err := rsa.SignPKCS1v15(nil, key, hash, digest.Sum(nil))
+				if err != nil {
+					t.Fatal(err)
+				}
+				add("signed as "+alg+" with alg "+said, signed+"."+encode(string(sig)))
+			}
+		}
+		for _, said := range []string{"PS256", "RS256"} {
+			signed := encode(withAlg(said)) + "." + payload64
+			digest := sha256.Sum256([]byte(signed))
+			sig, err := rsa.SignPSS(rand.Reader, key, crypto.SHA256, digest[:], nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			add("signed as PS256 with alg "+said, signed+"."+encode(string(sig)))
+		}
+		elliptic256 := privateKey(t, ellipticKey())
+		add("ES256", sign256(t, elliptic256, encode(withAlg("ES256"))+"."+payload64))
+		add("ES256 with alg RS256", sign256(t, elliptic256, header64+"."+payload64))
+		longer := new(big.Int).Add(new(big.Int).SetBytes(sig), key.N)
+		add("signature plus modulus", header64+"."+payload64+"."+encode(string(longer.Bytes())))
+	case *ecdsa.PrivateKey:
+		point := func(key crypto.Signer) (x, y string) {
+			b, err := key.Public().(*ecdsa.PublicKey).Bytes()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return encode(string(b[1:33])), encode(string(b[33:]))
+		}
+		x, y := point(key)
+		jwk = `{"kty":"EC","crv":"P-256","x":"` + x + `","y":"` + y + `"}`
+		x, y = point(other)
+		otherJWK = `{"kty":"EC","crv":"P-256","x":"` + x + `","y":"` + y + `"}`
+		otherThumbprint = `{"crv":"P-256","kty":"EC","x":"` + x + `","y":"` + y + `"}`
+		before := header64 + "." + payload64
+		r, s := new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])
+		der, err := asn1.Marshal(struct{ R, S *big.Int }{r, s})
+		if err != nil {
+			t.Fatal(err)
+		}
+		add("signature in ASN.1", before+"."+encode(string(der)))
+		add("the other s that fits", before+"."+encode(string(fixed(r, new(big.Int).Sub(orderP256, s)))))
+		add("r and s swapped", before+"."+encode(string(fixed(s, r))))
+		// Psychic signatures (CVE-2022-21449) and their like.
+		for name, pair := range map[string][2]*big.Int{
+			"r and s 0": {new(big.Int), new(big.Int)}, "r 0": {new(big.Int), s}, "s 0": {r, new(big.Int)}, "r and s 1": {big.NewInt(1), big.NewInt(1)},
+			"r and s the order": {orderP256, orderP256}, "r of the order and s 1": {orderP256, big.NewInt(1)},
 		} {
+			add(name, before+"."+encode(string(fixed(pair[0], pair[1]))))
+		}
+		rsaKey := privateKey(t, testKey())
+		add("RS256", sign256(t, rsaKey, encode(withAlg("RS256"))+"."+payload64))
+		add("RS256 with alg ES256", sign256(t, rsaKey, before))
+		add("ES384", forge(t, key, withAlg("ES384"), payload))
+	}
+	for name, secret := range secrets {
+		for _, alg := range []string{"HS256", h.Alg} {
+			signed := encode(withAlg(alg)) + "." + payload64
 			mac := hmac.New(sha256.New, []byte(secret))
 			mac.Write([]byte(signed))
 			add("HMAC keyed with "+name+" as "+alg, signed+"."+encode(string(mac.Sum(nil))))
 		}
 	}
-	for alg, hash := range map[string]crypto.Hash{"RS384": crypto.SHA384, "RS512": crypto.SHA512} {
-		for _, said := range []string{alg, "RS256"} {
-			signed := encode(withAlg(said)) + "." + payload64
-			digest := sha512.New()
-			if hash == crypto.SHA384 {
-				digest = sha512.New384()
-			}
-			digest.Write([]byte(signed))
-			sig, err := rsa.SignPKCS1v15(nil, key, hash, digest.Sum(nil))
-			if err != nil {
-				t.Fatal(err)
-			}
-			add("signed as "+alg+" with alg "+said, signed+"."+encode(string(sig)))
-		}
-	}
-	for _, said := range []string{"PS256", "RS256"} {
-		signed := encode(withAlg(said)) + "." + payload64
-		digest := sha256.Sum256([]byte(signed))
-		sig, err := rsa.SignPSS(rand.Reader, key, crypto.SHA256, digest[:], nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		add("signed as PS256 with alg "+said, signed+"."+encode(string(sig)))
-	}
-	elliptic256, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	signed := encode(withAlg("ES256")) + "." + payload64
-	digest := sha256.Sum256([]byte(signed))
-	r, s, err := ecdsa.Sign(rand.Reader, elliptic256, digest[:])
-	if err != nil {
-		t.Fatal(err)
-	}
-	add("ES256", signed+"."+encode(string(append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...))))
 
 	// The rest of the header.
 	more := func(member string) string { return header[:len(header)-1] + "," + member + "}" }
 	for name, changed := range map[string]string{
 		"crit of exp": more(`"crit":["exp"]`), "empty crit": more(`"crit":[]`), "crit of b64": more(`"crit":["b64"],"b64":false`),
-		"no typ":                  fmt.Sprintf(`{"alg":"RS256","kid":%q}`, h.Kid),
+		"no typ":                  fmt.Sprintf(`{"alg":%q,"kid":%q}`, h.Alg, h.Kid),
 		"typ JWT":                 strings.Replace(header, h.Typ, "JWT", 1),
 		"typ of an ID":            strings.Replace(header, h.Typ, "id+jwt", 1),
 		"typ AT+JWT":              strings.Replace(header, h.Typ, "AT+JWT", 1),
 		"typ as MIME":             strings.Replace(header, h.Typ, "application/at+jwt", 1),
 		"typ of the log":          strings.Replace(header, h.Typ, auditCheckpoint, 1),
-		"no kid":                  fmt.Sprintf(`{"alg":"RS256","typ":%q}`, h.Typ),
+		"no kid":                  fmt.Sprintf(`{"alg":%q,"typ":%q}`, h.Alg, h.Typ),
 		"kid null":                strings.Replace(header, `"`+h.Kid+`"`, `null`, 1),
 		"kid as array":            strings.Replace(header, `"`+h.Kid+`"`, `["`+h.Kid+`"]`, 1),
 		"kid as number":           strings.Replace(header, `"`+h.Kid+`"`, `1`, 1),
@@ -235,13 +305,13 @@ func badTokens(t testing.TB, key *rsa.PrivateKey, good string, at time.Time) []b
 		"kid with NUL":            strings.Replace(header, h.Kid, h.Kid+`\u0000`, 1),
 		"kid unknown":             strings.Replace(header, h.Kid, strings.Repeat("A", 43), 1),
 		"kid twice":               more(`"kid":"` + h.Kid + `"`),
-		"jwk":                     more(`"jwk":{"kty":"RSA","n":"` + encode(string(key.N.Bytes())) + `","e":"AQAB"}`),
+		"jwk":                     more(`"jwk":` + jwk),
 		"jku":                     more(`"jku":"https://evil.example.com/jwks.json"`),
 		"x5u":                     more(`"x5u":"https://evil.example.com/cert.pem"`),
 		"x5c":                     more(`"x5c":["MIIB"]`),
 		"zip":                     more(`"zip":"DEF"`),
 		"space in header":         strings.Replace(header, ",", ", ", 1),
-		"header in another order": fmt.Sprintf(`{"typ":%q,"alg":"RS256","kid":%q}`, h.Typ, h.Kid),
+		"header in another order": fmt.Sprintf(`{"typ":%q,"alg":%q,"kid":%q}`, h.Typ, h.Alg, h.Kid),
 		"header is null":          "null", "header is an array": "[" + header + "]", "header is empty": "", "header is no JSON": "RS256",
 	} {
 		add(name, forge(t, key, changed, payload))
@@ -249,11 +319,9 @@ func badTokens(t testing.TB, key *rsa.PrivateKey, good string, at time.Time) []b
 	add("padded header", sign256(t, key, header64+"=."+payload64))
 
 	// Another key, also one that the header carries.
-	other := privateKey(t, secondKey())
-	own := `"jwk":{"kty":"RSA","n":"` + encode(string(other.N.Bytes())) + `","e":"AQAB"}`
 	add("another key under our kid", sign256(t, other, header64+"."+payload64))
-	add("another key as jwk", forge(t, other, more(own), payload))
-	thumbprint := sha256.Sum256([]byte(`{"e":"AQAB","kty":"RSA","n":"` + encode(string(other.N.Bytes())) + `"}`))
+	add("another key as jwk", forge(t, other, more(`"jwk":`+otherJWK), payload))
+	thumbprint := sha256.Sum256([]byte(otherThumbprint))
 	add("another key under its own kid", forge(t, other, strings.Replace(header, h.Kid, encode(string(thumbprint[:])), 1), payload))
 
 	// The payload, signed with the right header by the right key.
@@ -314,13 +382,11 @@ func badTokens(t testing.TB, key *rsa.PrivateKey, good string, at time.Time) []b
 	}
 
 	// The signature and the compact form. Go's base64 skips newlines and spare
-	// bits, and a modulus may be added to a signature.
+	// bits.
 	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 	last := strings.IndexByte(alphabet, sig64[len(sig64)-1])
-	sig, _ := base64.RawURLEncoding.DecodeString(sig64)
-	longer := new(big.Int).Add(new(big.Int).SetBytes(sig), key.N)
 	flipped := slices.Clone(sig)
-	flipped[100] ^= 1
+	flipped[20] ^= 1
 	before := header64 + "." + payload64
 	for name, token := range map[string]string{
 		"spare bits in the signature": good[:len(good)-1] + string(alphabet[last|1]),
@@ -340,7 +406,6 @@ func badTokens(t testing.TB, key *rsa.PrivateKey, good string, at time.Time) []b
 		"signature with zero before":  before + "." + encode("\x00"+string(sig)),
 		"signature of zeros":          before + "." + encode(string(make([]byte, len(sig)))),
 		"signature of one":            before + "." + encode(string(append(make([]byte, len(sig)-1), 1))),
-		"signature plus modulus":      before + "." + encode(string(longer.Bytes())),
 		"one bit of the signature":    before + "." + encode(string(flipped)),
 		"signature in hexadecimal":    before + "." + fmt.Sprintf("%x", sig),
 		"standard base64":             before + "." + base64.RawStdEncoding.EncodeToString(append([]byte{0xff, 0xff}, sig[2:]...)),
@@ -365,28 +430,35 @@ func badTokens(t testing.TB, key *rsa.PrivateKey, good string, at time.Time) []b
 
 func TestVerifyAcceptsOnlyWhatWeSigned(t *testing.T) {
 	t.Parallel()
-	keys, now := mustReadKeys(t, testKey(), ""), time.Now()
-	want := goodClaims(now)
-	good, err := keys.sign(accessToken, want)
-	if err != nil {
-		t.Fatal(err)
-	}
-	got, err := keys.verify(good, testIssuer, now)
-	if err != nil || fmt.Sprint(got) != fmt.Sprint(want) {
-		t.Fatalf("verify(what sign made) = %v, %v, want %v", got, err, want)
-	}
-	// What forge makes is good too, so that below only the fault is refused.
-	if forged := forge(t, privateKey(t, testKey()), readPart(t, good, 0), readPart(t, good, 1)); forged != good {
-		t.Fatalf("forge makes %q, want %q", forged, good)
-	}
-	for _, bad := range badTokens(t, privateKey(t, testKey()), good, now) {
-		c, err := keys.verify(bad.token, testIssuer, now)
-		if err != errBadToken || fmt.Sprint(c) != fmt.Sprint(claims{}) {
-			t.Errorf("%s: verify(%q) = %v, %v, want no claims and errBadToken", bad.name, bad.token, c, err)
-		}
-	}
-	if _, err := keys.verify("", testIssuer, now); err != errBadToken {
-		t.Errorf("verify(%q) = %v, want errBadToken", "", err)
+	for alg, pair := range keyPairs {
+		t.Run(alg, func(t *testing.T) {
+			keys, key, now := mustReadKeys(t, pair[0](), ""), privateKey(t, pair[0]()), time.Now()
+			want := goodClaims(now)
+			good, err := keys.sign(accessToken, want)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if header := readPart(t, good, 0); !strings.Contains(header, `{"alg":"`+alg+`",`) {
+				t.Fatalf("the header of a token is %s, want alg %s", header, alg)
+			}
+			got, err := keys.verify(good, testIssuer, now)
+			if err != nil || fmt.Sprint(got) != fmt.Sprint(want) {
+				t.Fatalf("verify(what sign made) = %v, %v, want %v", got, err, want)
+			}
+			// What forge makes is good too, so that below only the fault is refused.
+			if forged := forge(t, key, readPart(t, good, 0), readPart(t, good, 1)); forged != good {
+				t.Fatalf("forge makes %q, want %q", forged, good)
+			}
+			for _, bad := range badTokens(t, key, good, now) {
+				c, err := keys.verify(bad.token, testIssuer, now)
+				if err != errBadToken || fmt.Sprint(c) != fmt.Sprint(claims{}) {
+					t.Errorf("%s: verify(%q) = %v, %v, want no claims and errBadToken", bad.name, bad.token, c, err)
+				}
+			}
+			if _, err := keys.verify("", testIssuer, now); err != errBadToken {
+				t.Errorf("verify(%q) = %v, want errBadToken", "", err)
+			}
+		})
 	}
 }
 
@@ -471,20 +543,34 @@ func TestCheckpointIsNoAccessToken(t *testing.T) {
 
 func TestKeysInEveryForm(t *testing.T) {
 	t.Parallel()
-	key := privateKey(t, testKey())
+	key := privateKey(t, testKey()).(*rsa.PrivateKey)
 	pkcs1 := string(pem.EncodeToMemory(&pem.Block{Type: "RSA PRIVATE KEY", Bytes: x509.MarshalPKCS1PrivateKey(key)}))
 	public := pkix(t, &key.PublicKey)
 	publicPKCS1 := string(pem.EncodeToMemory(&pem.Block{Type: "RSA PUBLIC KEY", Bytes: x509.MarshalPKCS1PublicKey(&key.PublicKey)}))
 	second, third := publicPEM(t, secondKey()), publicPEM(t, thirdKey())
-	elliptic256, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	sec1, err := x509.MarshalECPrivateKey(privateKey(t, ellipticKey()).(*ecdsa.PrivateKey))
 	if err != nil {
 		t.Fatal(err)
 	}
-	ellipticDER, err := x509.MarshalPKCS8PrivateKey(elliptic256)
+	sec1PEM := string(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1}))
+	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	ellipticPEM := string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: ellipticDER}))
+	p384DER, err := x509.MarshalPKCS8PrivateKey(p384)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p384PEM := string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: p384DER}))
+	_, ed25519Key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ed25519DER, err := x509.MarshalPKCS8PrivateKey(ed25519Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ed25519PEM := string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: ed25519DER}))
 	small, err := rsa.GenerateKey(rand.Reader, 1024)
 	if err != nil {
 		t.Fatal(err)
@@ -510,6 +596,10 @@ func TestKeysInEveryForm(t *testing.T) {
 		{"public keys in PKIX and PKCS#1", secondKey(), third + publicPKCS1, 3},
 		{"its own public key", testKey(), public, 1},
 		{"one public key in two forms", secondKey(), public + publicPKCS1 + public, 2},
+		{"P-256 in PKCS#8", ellipticKey(), "", 1},
+		{"P-256 in SEC 1", sec1PEM, publicPEM(t, ellipticKey()), 1},
+		{"both kinds", ellipticKey(), public + publicPEM(t, secondEllipticKey()), 3},
+		{"both kinds, the other way round", testKey(), publicPEM(t, ellipticKey()), 2},
 		{"public key of 2048 bits", testKey(), sized(2048, 65537), 2},
 		{"public key of 8192 bits", testKey(), sized(8192, 65537), 2},
 
@@ -520,13 +610,15 @@ func TestKeysInEveryForm(t *testing.T) {
 		{"two private blocks", testKey() + secondKey(), "", 0},
 		{"text behind the private key", testKey() + "garbage", "", 0},
 		{"public key as private", public, "", 0},
-		{"elliptic private key", ellipticPEM, "", 0},
+		{"P-384", p384PEM, "", 0},
+		{"Ed25519", ed25519PEM, "", 0},
 		{"private key of 1024 bits", smallPEM, "", 0},
 		{"garbage as public", testKey(), "garbage", 0},
 		{"garbage behind the public key", testKey(), second + "garbage", 0},
 		{"garbage between public keys", testKey(), second + "-----BEGIN PUBLIC KEY-----\ngarbage\n-----END PUBLIC KEY-----\n" + third, 0},
 		{"private key as public", testKey(), secondKey(), 0},
-		{"elliptic public key", testKey(), pkix(t, &elliptic256.PublicKey), 0},
+		{"public key of P-384", testKey(), pkix(t, &p384.PublicKey), 0},
+		{"public key of Ed25519", testKey(), pkix(t, ed25519Key.Public()), 0},
 		{"public key of 1024 bits", testKey(), pkix(t, &small.PublicKey), 0},
 		{"public key of 2047 bits", testKey(), sized(2047, 65537), 0},
 		{"public key of 8193 bits", testKey(), sized(8193, 65537), 0},
@@ -600,8 +692,14 @@ func (v *service) isActive(token string) bool {
 
 func TestBadTokensAreRefusedOverHTTP(t *testing.T) {
 	t.Parallel()
-	v := newService(t)
-	key, good := privateKey(t, testKey()), v.bearer
+	for alg, pair := range keyPairs {
+		t.Run(alg, func(t *testing.T) { refuseBadTokens(t, pair[0]()) })
+	}
+}
+
+func refuseBadTokens(t *testing.T, signing string) {
+	v := newService(t, "JWT_PRIVATE_KEY", signing)
+	key, good := privateKey(t, signing), v.bearer
 	header, payload := readPart(t, good, 0), readPart(t, good, 1)
 	readSelf := func(token string) answer { return v.api(token, "GET", "/agents/"+v.id, "") }
 	v.want(readSelf(forge(t, key, header, payload)), 200, "")
@@ -642,8 +740,15 @@ func TestBadTokensAreRefusedOverHTTP(t *testing.T) {
 // with the last one, and the other way round.
 func TestKeysRotateWithoutRefusals(t *testing.T) {
 	t.Parallel()
-	oldKey, newKey := testKey(), secondKey()
-	before := newService(t, "JWT_PUBLIC_KEY", publicPEM(t, newKey))
+	for name, keys := range map[string][2]string{
+		"RS256": {testKey(), secondKey()}, "RS256 to ES256": {testKey(), ellipticKey()}, "ES256 to RS256": {ellipticKey(), testKey()},
+	} {
+		t.Run(name, func(t *testing.T) { rotateKeys(t, keys[0], keys[1]) })
+	}
+}
+
+func rotateKeys(t *testing.T, oldKey, newKey string) {
+	before := newService(t, "JWT_PRIVATE_KEY", oldKey, "JWT_PUBLIC_KEY", publicPEM(t, newKey))
 	after := before.another("JWT_PRIVATE_KEY", newKey, "JWT_PUBLIC_KEY", publicPEM(t, oldKey)+publicPEM(t, thirdKey()))
 	last := before.another("JWT_PRIVATE_KEY", newKey, "JWT_PUBLIC_KEY", "")
 	ofOld, ofNew := before.bearer, after.token(before.id, before.secret, "")
@@ -698,7 +803,13 @@ func TestKeysRotateWithoutRefusals(t *testing.T) {
 // nothing but the standard library.
 func TestResourceServerVerifiesByPublishedKeys(t *testing.T) {
 	t.Parallel()
-	v := newService(t, "JWT_PUBLIC_KEY", publicPEM(t, secondKey()))
+	for alg, pair := range keyPairs {
+		t.Run(alg, func(t *testing.T) { verifyByPublishedKeys(t, alg, pair[0](), publicPEM(t, pair[1]())) })
+	}
+}
+
+func verifyByPublishedKeys(t *testing.T, alg, private, public string) {
+	v := newService(t, "JWT_PRIVATE_KEY", private, "JWT_PUBLIC_KEY", public)
 	fetch := func(address string) answer {
 		t.Helper()
 		path, ours := strings.CutPrefix(address, v.url)
@@ -728,8 +839,8 @@ func TestResourceServerVerifiesByPublishedKeys(t *testing.T) {
 	if err := json.Unmarshal([]byte(readPart(t, token, 1)), &c); err != nil {
 		t.Fatal(err)
 	}
-	if header.Alg != "RS256" || header.Typ != "at+jwt" {
-		t.Errorf("the header of a token is %v, want RS256 and at+jwt", header)
+	if header.Alg != alg || header.Typ != "at+jwt" {
+		t.Errorf("the header of a token is %v, want %s and at+jwt", header, alg)
 	}
 	if c.Iss != metadata.text("issuer") || c.Aud != c.Iss || c.Sub != v.id || c.ClientID != v.id || !isID(c.Jti) || c.Exp-c.Iat != 3600 {
 		t.Errorf("the claims of a token are %+v", c)
@@ -738,36 +849,55 @@ func TestResourceServerVerifiesByPublishedKeys(t *testing.T) {
 	verified, kids := 0, map[string]bool{}
 	for _, entry := range fetch(metadata.text("jwks_uri")).body["keys"].([]any) {
 		k := entry.(map[string]any)
-		// Exactly these: every other member of an RSA key is private, or a
-		// trap for some client (RFC 7518, section 6.3.2).
-		if names := fmt.Sprint(slices.Sorted(maps.Keys(k))); names != "[alg e kid kty n use]" {
-			t.Errorf("a published key has %s", names)
+		// Exactly these: every other member of a key is private, or a trap for
+		// some client (RFC 7518, sections 6.2.1 and 6.3.1).
+		members, kty := "[alg e kid kty n use]", "RSA"
+		if alg == "ES256" {
+			members, kty = "[alg crv kid kty use x y]", "EC"
 		}
-		if k["kty"] != "RSA" || k["use"] != "sig" || k["alg"] != "RS256" || kids[k["kid"].(string)] {
+		if names := fmt.Sprint(slices.Sorted(maps.Keys(k))); names != members {
+			t.Errorf("a published key has %s, want %s", names, members)
+		}
+		if k["kty"] != kty || k["use"] != "sig" || k["alg"] != alg || kids[k["kid"].(string)] {
 			t.Errorf("published is %v", k)
 		}
 		kids[k["kid"].(string)] = true
-		n, nErr := base64.RawURLEncoding.DecodeString(k["n"].(string))
-		e, eErr := base64.RawURLEncoding.DecodeString(k["e"].(string))
-		if nErr != nil || eErr != nil {
-			t.Fatalf("%v, %v", nErr, eErr)
+		number := func(name string) *big.Int {
+			b, err := base64.RawURLEncoding.DecodeString(k[name].(string))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return new(big.Int).SetBytes(b)
 		}
-		thumbprint := sha256.Sum256(fmt.Appendf(nil, `{"e":%q,"kty":"RSA","n":%q}`, k["e"], k["n"]))
-		if k["kid"] != encode(string(thumbprint[:])) {
+		text := fmt.Sprintf(`{"e":%q,"kty":"RSA","n":%q}`, k["e"], k["n"])
+		if alg == "ES256" {
+			text = fmt.Sprintf(`{"crv":"P-256","kty":"EC","x":%q,"y":%q}`, k["x"], k["y"])
+		}
+		if thumbprint := sha256.Sum256([]byte(text)); k["kid"] != encode(string(thumbprint[:])) {
 			t.Errorf("the kid %v is not the thumbprint of its key (RFC 7638)", k["kid"])
 		}
 		if k["kid"] != header.Kid {
 			continue
 		}
-		public := &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(new(big.Int).SetBytes(e).Int64())}
 		signed, sig64, _ := cutLast(token, ".")
 		sig, err := base64.RawURLEncoding.DecodeString(sig64)
 		if err != nil {
 			t.Fatal(err)
 		}
 		digest := sha256.Sum256([]byte(signed))
-		if err := rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], sig); err != nil {
-			t.Errorf("the token does not verify with the published key: %v", err)
+		good := false
+		if alg == "RS256" {
+			public := &rsa.PublicKey{N: number("n"), E: int(number("e").Int64())}
+			good = rsa.VerifyPKCS1v15(public, crypto.SHA256, digest[:], sig) == nil
+		} else {
+			public, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), append([]byte{4}, fixed(number("x"), number("y"))...))
+			if err != nil {
+				t.Fatal(err)
+			}
+			good = ecdsa.Verify(public, digest[:], new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:]))
+		}
+		if !good {
+			t.Error("the token does not verify with the published key")
 		}
 		verified++
 	}
@@ -850,21 +980,28 @@ func TestProtectedResourceSaysWhoIssuesItsTokens(t *testing.T) {
 // FuzzVerify puts text in place of any piece of a good token: nothing but that
 // token itself is accepted.
 func FuzzVerify(f *testing.F) {
-	keys, now := mustReadKeys(f, testKey(), ""), time.Now()
-	good, err := keys.sign(accessToken, goodClaims(now))
-	if err != nil {
-		f.Fatal(err)
+	now := time.Now()
+	keys, good := map[bool]*keyset{}, map[bool]string{}
+	for alg, pair := range keyPairs {
+		elliptic := alg == "ES256"
+		keys[elliptic] = mustReadKeys(f, pair[0](), "")
+		token, err := keys[elliptic].sign(accessToken, goodClaims(now))
+		if err != nil {
+			f.Fatal(err)
+		}
+		good[elliptic] = token
+		f.Add(elliptic, uint16(0), uint16(0), "")
+		f.Add(elliptic, uint16(0), uint16(len(token)), token)
+		for _, bad := range badTokens(f, privateKey(f, pair[0]()), token, now) {
+			f.Add(elliptic, uint16(0), uint16(len(token)), bad.token)
+		}
 	}
-	f.Add(uint16(0), uint16(0), "")
-	f.Add(uint16(0), uint16(len(good)), good)
-	for _, bad := range badTokens(f, privateKey(f, testKey()), good, now) {
-		f.Add(uint16(0), uint16(len(good)), bad.token)
-	}
-	f.Fuzz(func(t *testing.T, from, length uint16, text string) {
+	f.Fuzz(func(t *testing.T, elliptic bool, from, length uint16, text string) {
+		good := good[elliptic]
 		from = from % uint16(len(good)+1)
 		end := min(int(from)+int(length), len(good))
 		token := good[:from] + text + good[end:]
-		c, err := keys.verify(token, testIssuer, now)
+		c, err := keys[elliptic].verify(token, testIssuer, now)
 		if token == good {
 			if err != nil {
 				t.Errorf("verify(%q) = %v, want it good", token, err)

@@ -86,7 +86,7 @@ const usage = `AgentIdP is an identity provider for AI agents.
   agentidp                            serve
   agentidp bootstrap EMAIL            register the first agent, print its client_id and client_secret
   agentidp verify-audit [CHECKPOINT]  check the audit log, also against a checkpoint kept elsewhere
-  agentidp keygen                     print a new signing key
+  agentidp keygen [RS256 | ES256]     print a new signing key, RSA of 2048 bits or P-256
   agentidp healthcheck                ask the server on this machine for its health
   agentidp -version | -h
 
@@ -108,8 +108,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	case command == "-version" || command == "--version":
 		fmt.Fprintln(stdout, version())
 		return nil
-	case command == "keygen":
-		key, err := newKeyPEM()
+	case command == "keygen", command == "keygen RS256", command == "keygen ES256":
+		key, err := newKeyPEM(strings.TrimPrefix(command, "keygen "))
 		fmt.Fprintf(stdout, "%s", key)
 		return err
 	case command == "healthcheck":
@@ -187,8 +187,8 @@ type variable struct{ name, preset, about string }
 var variables = []variable{
 	{"DATABASE_URL", "*", "a PostgreSQL database, 14 or later, as createdb makes one: postgres://user:password@host:5432/agentidp"},
 	{"REDIS_URL", "*", "a Redis database, 6.2 or later, for this service alone, as redis-server has 16: redis://default:password@host:6379/0"},
-	{"JWT_PRIVATE_KEY", "*", "the RSA key that signs, as PEM, of 2048 bits or more; make one with: go run . keygen"},
-	{"JWT_PUBLIC_KEY", "", "further RSA keys that verify and are published, as PEM blocks one after another"},
+	{"JWT_PRIVATE_KEY", "*", "the key that signs, as PEM: RSA of 2048 bits or more (RS256), or P-256 (ES256); make one with: go run . keygen"},
+	{"JWT_PUBLIC_KEY", "", "further keys that verify and are published, as PEM blocks one after another"},
 	{"PORT", "3000", "port to listen on, from 0 to 65535"},
 	{"HOST", "", "address to listen on; all of them if empty"},
 	{"ISSUER", "", "URL of the service as clients see it, without a slash at the end; http://localhost:PORT if empty"},
@@ -1147,7 +1147,7 @@ func (s *server) showMetadata(r *request) (any, error) {
 		"code_challenge_methods_supported":              []string{"S256"},
 		"scopes_supported":                              ourScopes,
 		"subject_types_supported":                       []string{"public"},
-		"id_token_signing_alg_values_supported":         []string{"RS256"},
+		"id_token_signing_alg_values_supported":         s.keys.algorithms(),
 		"token_endpoint_auth_methods_supported":         secret,
 		"introspection_endpoint_auth_methods_supported": secret,
 		"revocation_endpoint_auth_methods_supported":    secret,

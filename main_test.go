@@ -31,16 +31,10 @@ import (
 var (
 	testDatabaseURL = os.Getenv("TEST_DATABASE_URL")
 	testRedisURL    = os.Getenv("TEST_REDIS_URL")
-	testKey         = sync.OnceValue(func() string {
-		key, err := newKeyPEM()
-		if err != nil {
-			panic(err)
-		}
-		return string(key)
-	})
-	redisDatabases chan int // those that no test uses
-	testLog        = &logBuffer{}
-	testFolder     string // what several tests share; removed at the end
+	testKey         = makeKey("RS256")
+	redisDatabases  chan int // those that no test uses
+	testLog         = &logBuffer{}
+	testFolder      string // what several tests share; removed at the end
 )
 
 // TestMain sees to the stores, and holds the log of all tests to what a log

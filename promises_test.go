@@ -19,7 +19,7 @@ import (
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 3540
+const maxLines = 3620
 
 // A sourceFile is a Go file of the package, parsed.
 type sourceFile struct {
@@ -69,6 +69,8 @@ func TestSourceCanBeReadInADay(t *testing.T) {
 // none. What is not listed here is for every file.
 var importers = map[string]string{
 	"crypto/rsa":                   "jwt.go",
+	"crypto/ecdsa":                 "jwt.go",
+	"crypto/elliptic":              "jwt.go",
 	"crypto/x509":                  "jwt.go",
 	"golang.org/x/crypto":          "credential.go",
 	"os":                           "main.go",
