@@ -493,7 +493,7 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 		return err
 	}
 	if cp != nil && cp.Seq < report.FromSeq {
-		return fmt.Errorf("the log begins at seq %d, after the checkpoint at %d: use a later one", report.FromSeq, cp.Seq)
+		return fmt.Errorf("the log begins at seq %d, after the checkpoint at %d: use a later one if what was before is dropped for its age; else the log was altered", report.FromSeq, cp.Seq)
 	}
 	if !report.Verified {
 		return fmt.Errorf("the audit log was altered: the first bad seq is %d", report.FirstBadSeq)

@@ -19,6 +19,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	_ "embed"
 	"encoding/hex"
 	"encoding/json"
@@ -84,6 +85,7 @@ func main() {
 const usage = `AgentIdP is an identity provider for AI agents.
 
   agentidp                            serve
+  agentidp migrate                    apply the schema as its owner, and make partitions; needs DATABASE_URL alone
   agentidp bootstrap EMAIL            register the first agent, print its client_id and client_secret
   agentidp verify-audit [CHECKPOINT]  check the audit log, also against a checkpoint kept elsewhere
   agentidp keygen [RS256 | ES256]     print a new signing key, RSA of 2048 bits or P-256
@@ -98,7 +100,8 @@ can also be given as NAME_FILE, a file that holds the value.
 // run is the program, with the operating system passed in.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
 	var do func(*server) error
-	switch command := strings.Join(args, " "); {
+	command := strings.Join(args, " ")
+	switch {
 	case command == "-h" || command == "-help" || command == "--help":
 		fmt.Fprint(stdout, usage)
 		for _, v := range variables {
@@ -117,6 +120,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return checkHealth(cfg.listen())
 	case command == "":
 		do = func(s *server) error { return s.serve(ctx) }
+	case command == "migrate":
+		do = func(s *server) error { return s.applySchema(ctx, true) } // fails where others own the tables
 	case len(args) == 2 && args[0] == "bootstrap":
 		do = func(s *server) error { return s.bootstrap(ctx, args[1], stdout) }
 	case len(args) <= 2 && args[0] == "verify-audit" && args[len(args)-1] != "":
@@ -125,6 +130,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		return fmt.Errorf("%q is no command, or not with these operands; -h lists them", args)
 	}
 	cfg, err := loadConfig(getenv)
+	if command == "migrate" && cfg.database != nil { // the owner need not have the signing key
+		cfg.redis, err = &redis.Options{}, nil
+	}
 	if err != nil {
 		return err
 	}
@@ -369,8 +377,8 @@ type server struct {
 	postgresUp, redisUp, draining atomic.Bool
 }
 
-// open connects to both stores and applies the schema, one copy at a time. It
-// waits for PostgreSQL for a minute; without Redis the service can do.
+// open connects to both stores and sees to the schema. It waits for PostgreSQL
+// for a minute; without Redis the service can do.
 func open(ctx context.Context, cfg config) (*server, error) {
 	redis.SetLogger(redisLog{})
 	cfg.database.ConnConfig.ConnectTimeout = storeTimeout
@@ -391,8 +399,9 @@ func open(ctx context.Context, cfg config) (*server, error) {
 	}
 	waiting, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	for err = s.applySchema(waiting); err != nil && waiting.Err() == nil; err = s.applySchema(waiting) {
-		if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Code[0] != '5' && refusal.Code[:2] != "40" {
+	for err = s.applySchema(waiting, false); err != nil && waiting.Err() == nil; err = s.applySchema(waiting, false) {
+		refusal, ok := errors.AsType[*pgconn.PgError](err)
+		if errors.Is(err, errNotMigrated) || ok && refusal.Code[0] != '5' && refusal.Code[:2] != "40" {
 			break // classes 40, 53, 55 and 57 pass by themselves: deadlock, too busy, locked, starting
 		}
 		slog.Warn("waiting for PostgreSQL", "error", err)
@@ -405,14 +414,27 @@ func open(ctx context.Context, cfg config) (*server, error) {
 	return s, nil
 }
 
-func (s *server) applySchema(ctx context.Context) error {
+var errNotMigrated = errors.New("the tables are another role's, and their schema is another version's; let that role run migrate of this version")
+
+// applySchema applies the schema, one copy at a time, and leaves its hash as a
+// comment. Where others own the tables it must be there, unless always is set.
+func (s *server) applySchema(ctx context.Context, always bool) error {
 	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	return transact(ctx, s.inner, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `select pg_advisory_xact_lock($1)`, schemaLock); err != nil {
 			return err
 		}
-		_, err := tx.Exec(ctx, schema)
+		same, sum := false, fmt.Sprintf("schema.sql of SHA-256 %x", sha256.Sum256([]byte(schema)))
+		err := tx.QueryRow(ctx, `
+			select coalesce(obj_description(oid, 'pg_class') = $1, false)
+			from pg_class
+			where oid = to_regclass('audit_events') and not pg_has_role(relowner, 'usage')`, sum).Scan(&same)
+		if errors.Is(err, pgx.ErrNoRows) || always {
+			_, err = tx.Exec(ctx, schema+`comment on table audit_events is '`+sum+`'`)
+		} else if err == nil && !same {
+			err = errNotMigrated
+		}
 		return err
 	})
 }

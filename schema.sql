@@ -2,7 +2,8 @@
 --
 -- It is embedded in the program and applied at every start, under an advisory
 -- lock, in one transaction. So everything here must be repeatable, and cheap
--- when there is nothing to do.
+-- when there is nothing to do. A service whose role doesn't own the tables only
+-- checks that "migrate" has applied this very file; README.md has that role.
 --
 -- Times are UTC with milliseconds, as they are served: what is hashed into the
 -- audit chain is what is stored and what is answered.
