@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -151,7 +152,12 @@ func appendEvents(ctx context.Context, tx pgx.Tx, events []event) error {
 			insert into audit_events (`+eventColumns+`)
 			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)`,
 			e.EventID, e.Seq, e.AgentID, e.ActorID, e.Action, e.Outcome, e.IPAddress, e.UserAgent,
-			string(e.Metadata), e.Timestamp.Time, e.PrevHash, e.Hash)
+			string(e.Metadata), e.Timestamp.Time, e.PrevHash, e.Hash).Exec(func(tag pgconn.CommandTag) error {
+			if tag.RowsAffected() != 1 { // a rule or a trigger of the tables' owner has swallowed it
+				return errors.New("the database took an event and did not store it")
+			}
+			return nil
+		})
 		last = e
 	}
 	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
