@@ -698,13 +698,13 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 	r.out.Set("X-Request-Id", r.id)
 	r.out.Set("X-Content-Type-Options", "nosniff")
 	r.out.Set("Cache-Control", "no-store")
-	if s.draining.Load() {
-		r.out.Set("Connection", "close")
-	}
 	body, err := s.handle(rt, r)
 	status, code := rt.success, ""
 	if err != nil {
 		status, code, body = s.fail(r, rt, err)
+	}
+	if s.draining.Load() { // also where the request has begun before
+		r.out.Set("Connection", "close")
 	}
 	respond(w, status, body)
 	slog.Info("request", "method", in.Method, "route", rt.pattern, "status", status, "code", code,
