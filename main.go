@@ -61,6 +61,7 @@ const (
 	drainTime      = time.Second     // between "not ready" and closing the port
 	maxBody        = 64 << 10        // bytes
 	maxHeader      = 12 << 10        // bytes, to which net/http adds 4096
+	maxInFlight    = 1024            // requests that may wait for a store; more are refused at once
 )
 
 // Advisory locks of PostgreSQL, each for one purpose.
@@ -375,6 +376,7 @@ type server struct {
 	recorder *recorder
 
 	postgresUp, redisUp, draining atomic.Bool
+	inFlight                      atomic.Int64
 }
 
 // open connects to both stores and sees to the schema. It waits for PostgreSQL
@@ -533,7 +535,7 @@ func (s *server) routes() []route {
 		{"POST /api/v1/agents/{agentId}/credentials/{credentialId}/rotate", 200, s.bearer(agentsWrite, credentialsWrite), s.rotateCredential, rest, credentialRotated},
 		{"DELETE /api/v1/agents/{agentId}/credentials/{credentialId}", 204, s.bearer(agentsWrite, credentialsWrite), s.revokeCredential, rest, credentialRevoked},
 
-		{"POST /api/v1/token", 200, s.client, s.issueToken, oauth, tokenIssued},
+		{"POST /api/v1/token", 200, s.authenticateClient, s.issueToken, oauth, tokenIssued},
 		{"POST /api/v1/token/introspect", 200, s.bearerOrClient(tokensRead), s.introspectToken, oauth, tokenIntrospected},
 		{"POST /api/v1/token/revoke", 200, s.bearerOrClient(""), s.revokeToken, oauth, tokenRevoked},
 		{"GET /api/v1/authorize", 200, public, refuse(errNoRedirect), oauth, ""},
@@ -552,7 +554,7 @@ func (s *server) routes() []route {
 	}
 }
 
-func public(*request) error { return nil }
+var public func(*request) error // asks nobody
 
 func refuse(p *problem) func(*request) (any, error) {
 	return func(*request) (any, error) { return nil, p }
@@ -574,22 +576,11 @@ func (s *server) bearer(scope string, own ...string) func(*request) error {
 	}
 }
 
-// client lets in who authenticates as a client. Its request is counted by the
-// handler, together with the quota.
-func (s *server) client(r *request) error {
-	if err := r.parseForm(); err != nil {
-		return err
-	}
-	return s.authenticateClient(r)
-}
-
 // bearerOrClient lets in who has a token that carries scope, and who
 // authenticates as a client that holds it; "" is always there.
 func (s *server) bearerOrClient(scope string) func(*request) error {
-	return func(r *request) error {
-		err := r.parseForm()
+	return func(r *request) (err error) {
 		switch {
-		case err != nil:
 		case !r.presents("Bearer"):
 			if err = s.authenticateClient(r); err == nil {
 				_, err = s.spend(r, "")
@@ -721,8 +712,22 @@ func (s *server) handle(rt route, r *request) (body any, err error) {
 		}
 	}()
 	if len(r.Header.Values("Authorization")) > 1 {
-		err = errTwoMethods
-	} else if err = rt.who(r); err == nil {
+		return nil, errTwoMethods
+	}
+	if rt.who == nil {
+		return rt.handle(r)
+	}
+	if rt.form == oauth { // before it is counted: a body that dribbles in takes nobody's place
+		err = r.parseForm()
+	}
+	defer s.inFlight.Add(-1)
+	if s.inFlight.Add(1) > maxInFlight {
+		err = errBusy
+	}
+	if err == nil {
+		err = rt.who(r)
+	}
+	if err == nil {
 		body, err = rt.handle(r)
 	}
 	return body, s.recordRefusal(rt, r, err)
@@ -807,6 +812,7 @@ var (
 
 	errInternal    = &problem{status: 500, code: "INTERNAL_SERVER_ERROR", oauth: "server_error", message: "Something went wrong here."}
 	errStopping    = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "This copy is stopping; use another."}
+	errBusy        = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "Too many requests at once; try again."}
 	errUnavailable = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "A store does not answer; nothing was acknowledged. Try again."}
 )
 

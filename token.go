@@ -25,9 +25,6 @@ var scopePattern = regexp.MustCompile(`^[\x21\x23-\x5B\x5D-\x7E]+( [\x21\x23-\x5
 // parseForm reads the form of a token endpoint. Parameters count only in the
 // body, once, and an empty one is an absent one (RFC 6749, section 3.2).
 func (r *request) parseForm() error {
-	if r.form != nil {
-		return nil
-	}
 	types := r.Header.Values("Content-Type")
 	if mediaType, _, err := mime.ParseMediaType(strings.Join(types, ",")); err != nil ||
 		len(types) != 1 || mediaType != "application/x-www-form-urlencoded" {
