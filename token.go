@@ -494,7 +494,8 @@ func (s *server) startKeeper() (stop func()) {
 
 func (s *server) keepWell(ctx context.Context, beat int) error {
 	ping, cancel := context.WithTimeout(ctx, storeTimeout)
-	err := s.inner.Ping(ping)
+	// A PostgreSQL that is read-only is of no use: nothing can be recorded.
+	err := execSQL(ping, s.inner, "asking PostgreSQL to write", `select nextval('token_revocations_revision')`)
 	if err == nil && beat%120 == 0 {
 		err = execSQL(ping, s.inner, "deleting expired revocations", `
 			delete from token_revocations
