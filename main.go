@@ -556,6 +556,8 @@ func (s *server) routes() []route {
 
 var public func(*request) error // asks nobody
 
+func nothing(*request) (any, error) { return nil, nil }
+
 func refuse(p *problem) func(*request) (any, error) {
 	return func(*request) (any, error) { return nil, p }
 }
@@ -632,7 +634,7 @@ func (s *server) front() http.Handler {
 		if !pathPattern.MatchString(p) || path.Clean(p) != p {
 			s.answer(none, w, r)
 		} else if s.allowOrigin(w, r) {
-			return
+			s.answer(route{pattern: "preflight", success: http.StatusNoContent, who: public, handle: nothing}, w, r)
 		} else if own, pattern := mux.Handler(r); pattern != "" {
 			mux.ServeHTTP(w, r)
 		} else {
@@ -654,7 +656,7 @@ func (h headerOnly) Write(b []byte) (int, error) { return len(b), nil }
 
 // allowOrigin tells a browser that pages of CORS_ORIGIN may call, and answers
 // its preflight (fetch.spec.whatwg.org, section 3.3).
-func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (answered bool) {
+func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (preflight bool) {
 	if s.cfg.corsOrigin == "" {
 		return false
 	}
@@ -671,7 +673,6 @@ func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (answered b
 	h.Set("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE")
 	h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
 	h.Set("Access-Control-Max-Age", "600")
-	w.WriteHeader(http.StatusNoContent)
 	return true
 }
 
