@@ -631,6 +631,10 @@ func (s *server) front() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, refusal := r.URL.EscapedPath(), headerOnly{}
 		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
+		// Go reads on after a body that a proxy may have measured otherwise (RFC 9112, section 6.1).
+		if r.TransferEncoding != nil || s.draining.Load() {
+			w.Header().Set("Connection", "close")
+		}
 		if !pathPattern.MatchString(p) || path.Clean(p) != p {
 			s.answer(none, w, r)
 		} else if s.allowOrigin(w, r) {
