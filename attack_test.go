@@ -369,6 +369,7 @@ func TestServiceStartsOnlyOnTheSchemaThatMigrateApplied(t *testing.T) {
 	select {
 	case err := <-started:
 		t.Errorf("start during a migration = %v, want it to wait", err)
+		started <- err
 	case <-time.After(500 * time.Millisecond):
 	}
 	if err := tx.Commit(t.Context()); err != nil {
