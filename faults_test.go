@@ -24,9 +24,9 @@ import (
 // tests kill, stop, restart, flush, fill, slow down and make read-only. No
 // fault may become a 200, a 401, active:true or active:false.
 
-// longest is by when everything is answered: the time of a request, and as
-// much again for a busy machine.
-const longest = 2 * requestTimeout
+// longest is by when everything is answered: the 5 s of a request, and as much
+// again for a busy machine.
+const longest = 10 * time.Second
 
 // An ordeal is two copies beside stores of their own.
 type ordeal struct {
@@ -75,11 +75,12 @@ func newOrdeal(t *testing.T) *ordeal {
 	t.Helper()
 	o := &ordeal{postgres: newPostgres(t), store: newRedisServer(t)}
 	o.done.versions, o.changing = map[string]string{}, make(chan string, 4)
-	// Limits are on, though never reached: counting is what a full Redis refuses.
+	// One copy counts for limits that are never reached, which a full Redis
+	// refuses. The other only reads, and goes on with what it finds.
 	o.program = newProgram(t, o.postgres.url(), o.store.url(),
 		"RATE_LIMIT_PER_MINUTE", "1000000", "MONTHLY_TOKEN_LIMIT", "1000000000", "MAX_AGENTS", "100000")
 	o.s = &server{keys: mustReadKeys(t, testKey(), "")} // only to sign tokens
-	o.copies = []*program{o.program, o.another()}
+	o.copies = []*program{o.program, o.another("RATE_LIMIT_PER_MINUTE", "0", "MONTHLY_TOKEN_LIMIT", "0")}
 	o.prepare()
 	return o
 }
@@ -112,6 +113,12 @@ func (o *ordeal) prepare() {
 		}},
 		{"bearer", "a request", read(id, token)},
 		{"revoked", "a request with a revoked token", read(id, dead)},
+		{"revoked", "a request with the token that was revoked last", func(p *program) answer {
+			o.mu.Lock()
+			token := append([]string{dead}, o.done.revoked...)[len(o.done.revoked)]
+			o.mu.Unlock()
+			return p.api(token, "GET", "/agents/"+id, "")
+		}},
 		{"revoked", "a request with a token of a revoked credential", read(id, ofCredential)},
 		{"revoked", "a request with a token of a suspended agent", read(suspended, ofSuspended)},
 		{"active", "introspection", func(p *program) answer {
@@ -194,12 +201,23 @@ func (o *ordeal) judge(when string, c call, p *program, allowed ...string) (got 
 		o.t.Errorf("%s: %s took %s", when, c.name, took)
 	}
 	if !slices.Contains(allowed, got) {
-		o.t.Errorf("%s: %s = %v, want %v", when, c.name, a, allowed)
+		o.t.Errorf("%s: %s = %v, want %v; %s", when, c.name, a, allowed, p.why(a))
 	}
 	if a.status == 503 && a.header.Get("Retry-After") == "" {
 		o.t.Errorf("%s: %s = %v without Retry-After", when, c.name, a)
 	}
 	return got
+}
+
+// why returns what the log says of an answer.
+func (p *program) why(a answer) string {
+	var text strings.Builder
+	for line := range strings.Lines(p.log.String()) {
+		if strings.Contains(line, `"requestId":"`+a.header.Get("X-Request-Id")+`"`) {
+			text.WriteString(line)
+		}
+	}
+	return text.String()
 }
 
 // check sends every call to both copies at once and wants the outcomes of a
@@ -466,7 +484,7 @@ func TestWhateverHappensToRedisEveryAnswerIsRight(t *testing.T) {
 			if err := r.client.Save(ctx).Err(); err != nil {
 				t.Fatal(err)
 			}
-			time.Sleep(500 * time.Millisecond) // in which the storm revokes more
+			o.check("after the snapshot", allWell) // and more is revoked
 			restart()
 			os.Remove(filepath.Join(r.folder, "dump.rdb"))
 		}},
@@ -693,7 +711,7 @@ func TestMoreRequestsThanMayWaitAreRefusedAtOnce(t *testing.T) {
 		for ; ; probes++ {
 			begun := time.Now()
 			keys, life := o.do("GET", "/.well-known/jwks.json", ""), o.do("GET", "/livez", "")
-			if took := time.Since(begun); keys.status != 200 || life.status != 200 || took > requestTimeout/2 {
+			if took := time.Since(begun); keys.status != 200 || life.status != 200 || took > longest/4 {
 				t.Errorf("during the flood keys and life are %d and %d in %s, want 200 at once", keys.status, life.status, took)
 			}
 			most = max(most, o.memory(t))
@@ -720,16 +738,15 @@ func TestMoreRequestsThanMayWaitAreRefusedAtOnce(t *testing.T) {
 			Status int
 			MS     float64
 		}
-		if json.Unmarshal([]byte(line), &l); l.Status == 503 && l.MS < requestTimeout.Seconds()*1000/2 {
+		if json.Unmarshal([]byte(line), &l); l.Status == 503 && l.MS < longest.Seconds()*1000/4 {
 			quick++
 		}
 	}
 	if quick < n-maxInFlight {
 		t.Errorf("%d of %d requests were refused at once, want %d", quick, n, n-maxInFlight)
 	}
-	t.Logf("grown from %.0f to %.0f MB", idle, most)
-	if grown := most - idle; grown > 150 {
-		t.Errorf("the program has grown by %.0f MB", grown)
+	if most > 250 {
+		t.Errorf("the program has grown from %.0f to %.0f MB", idle, most)
 	}
 
 	// PostgreSQL comes back slow, and the flood goes on.
@@ -749,15 +766,12 @@ func TestMoreRequestsThanMayWaitAreRefusedAtOnce(t *testing.T) {
 		t.Errorf("after the floods, %d requests at once = %v, want all of them served", maxInFlight-24, seen)
 	}
 	o.verify("after the floods")
-}
 
-// Who sends half a form has authenticated as nobody, and must not be able to
-// fill the places of those who have.
-func TestHalfSentFormsTakeNobodysPlace(t *testing.T) {
-	o := newOrdeal(t)
+	// Who sends half a form has authenticated as nobody, and takes no place of
+	// those who have.
+	half := plain("POST", "/token", "Basic eDp4", "x-www-form-urlencoded", "grant_type=client_cred")
 	for _, conn := range newFlood(t, o.program, maxInFlight+100) {
-		text := plain("POST", "/token", "Basic eDp4", "x-www-form-urlencoded", "grant_type=client_credentials")
-		if _, err := io.WriteString(conn, text[:len(text)-10]); err != nil {
+		if _, err := io.WriteString(conn, half[:len(half)-4]); err != nil {
 			t.Fatal(err)
 		}
 	}
