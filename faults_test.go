@@ -60,8 +60,8 @@ type call struct {
 // a status, or of an introspection what active is, or what health says.
 var columns = strings.Fields("token bearer revoked active inactive revoke change credential jwks livez health")
 
-// outcome of an answer, as rows have it.
-func outcome(a answer) string {
+// asWritten is an answer as rows have it.
+func asWritten(a answer) string {
 	if active, ok := a.body["active"].(bool); ok && a.status == 200 {
 		return fmt.Sprint(active)
 	}
@@ -196,7 +196,7 @@ func (o *ordeal) change(p *program) answer {
 func (o *ordeal) judge(when string, c call, p *program, allowed ...string) (got string) {
 	begun := time.Now()
 	a := c.send(p)
-	got = outcome(a)
+	got = asWritten(a)
 	if took := time.Since(begun); took > longest {
 		o.t.Errorf("%s: %s took %s", when, c.name, took)
 	}
@@ -283,7 +283,7 @@ func (o *ordeal) well(when string) {
 		begun := time.Now()
 		o.eventually(fmt.Sprintf("copy %d is well after %s", i+1, when), func() bool {
 			for _, c := range o.calls {
-				if want := allWell[slices.Index(columns, c.column)]; (c.column == "bearer" || c.column == "health") && outcome(c.send(p)) != want {
+				if want := allWell[slices.Index(columns, c.column)]; (c.column == "bearer" || c.column == "health") && asWritten(c.send(p)) != want {
 					return false
 				}
 			}
@@ -436,7 +436,7 @@ func (o *ordeal) suffer(t *testing.T, faults []fault) {
 			}
 			if f.end != nil {
 				for _, p := range o.copies {
-					o.eventually("health says "+at("health"), func() bool { return outcome(p.do("GET", "/health", "")) == at("health") })
+					o.eventually("health says "+at("health"), func() bool { return asWritten(p.do("GET", "/health", "")) == at("health") })
 				}
 				if at("revoked") == "503" { // once the lease is over in which Redis may say so
 					o.eventually("Redis is not trusted", func() bool { return !trusted(t, o.store.client) })

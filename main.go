@@ -556,7 +556,7 @@ func (s *server) routes() []route {
 
 var public func(*request) error // asks nobody
 
-func nothing(*request) (any, error) { return nil, nil }
+func noContent(*request) (any, error) { return nil, nil }
 
 func refuse(p *problem) func(*request) (any, error) {
 	return func(*request) (any, error) { return nil, p }
@@ -638,7 +638,7 @@ func (s *server) front() http.Handler {
 		if !pathPattern.MatchString(p) || path.Clean(p) != p {
 			s.answer(none, w, r)
 		} else if s.allowOrigin(w, r) {
-			s.answer(route{pattern: "preflight", success: http.StatusNoContent, who: public, handle: nothing}, w, r)
+			s.answer(route{pattern: "preflight", success: http.StatusNoContent, who: public, handle: noContent}, w, r)
 		} else if own, pattern := mux.Handler(r); pattern != "" {
 			mux.ServeHTTP(w, r)
 		} else {

@@ -202,7 +202,7 @@ var tokenWounds = []wound{
 	}},
 	{"a key that the token brings along", "RFC 8725, section 3.10; CVE-2018-0114 (node-jose)", func(t *testing.T, v *service) {
 		var fetched atomic.Int32
-		own := privateKey(t, secondKey())
+		own := privateKey(t, secondKey()).(*rsa.PrivateKey)
 		n := encode(string(own.N.Bytes()))
 		theirs := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 			fetched.Add(1)
@@ -313,7 +313,7 @@ var tokenWounds = []wound{
 				}
 			}
 		}
-		key := privateKey(t, testKey())
+		key := privateKey(t, testKey()).(*rsa.PrivateKey)
 		for _, path := range []string{"/.well-known/jwks.json", "/.well-known/oauth-authorization-server", "/health"} {
 			text := v.do("GET", path, "").raw
 			for name, number := range map[string]*big.Int{"d": key.D, "p": key.Primes[0], "q": key.Primes[1]} {
