@@ -97,7 +97,7 @@ func readCapabilities(value any) (list []string, err error) {
 		c, _ := value.(string)
 		switch resource, action, _ := strings.Cut(c, ":"); {
 		case len(c) > 100 || !capabilityPattern.MatchString(c):
-			err = fmt.Errorf("%q must be resource:action or resource:* in lower case, of at most 100 characters", clip(c))
+			err = fmt.Errorf("%q must be resource:action or resource:* in lower case, of at most 100 characters", clip(fmt.Sprint(value)))
 		case action == "*" && slices.Contains([]string{"agents", "tokens", "audit", "credentials"}, resource):
 			err = fmt.Errorf("%q is refused: name each action of agents, tokens, audit and credentials", c)
 		case slices.Contains(list, c):
@@ -133,21 +133,14 @@ type caller struct {
 // has is true of every caller for "".
 func (c caller) has(scope string) bool { return scope == "" || slices.Contains(c.scopes, scope) }
 
-// mayGrant refuses to give out those of our scopes that the caller lacks:
-// nobody can mint authority that they don't hold.
+// mayGrant refuses to give out those of our scopes that the caller lacks, and
+// to change an agent that has them: nobody can mint authority that they don't
+// hold.
 func (c caller) mayGrant(capabilities []string) error {
 	for _, scope := range ourScopes {
 		if slices.Contains(capabilities, scope) && !c.has(scope) {
-			return errForbidden.because("Your token lacks " + scope + ", so it can't grant it.")
+			return errForbidden.because("Your token lacks " + scope + ", so it can neither grant that nor change an agent that has it.")
 		}
-	}
-	return nil
-}
-
-// mayManage refuses changes of an agent that can do what the caller can't.
-func (c caller) mayManage(a agent) error {
-	if c.mayGrant(a.Capabilities) != nil {
-		return errForbidden.because("This agent holds a scope of this service that your token lacks.")
 	}
 	return nil
 }
@@ -198,7 +191,7 @@ func (s *server) getAgent(r *request) (any, error) {
 func (s *server) updateAgent(r *request) (any, error) {
 	q, err := decode(r, func(in *inputs) agentChange {
 		if len(in.values) == 0 {
-			in.faults["body"] = "must have at least one field"
+			in.faults["body"] = "must have at least one field that is to change"
 		}
 		q := in.agentChange()
 		q.Status = take(in, "status", oneOf(statuses))
@@ -223,7 +216,7 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 		if err != nil {
 			return event{}, err
 		}
-		err = r.caller.mayManage(old)
+		err = r.caller.mayGrant(old.Capabilities)
 		if err == nil && q.Capabilities != nil {
 			err = r.caller.mayGrant(*q.Capabilities)
 		}

@@ -171,7 +171,7 @@ func TestBadAgentRequestIsRefusedWithAllItsFaults(t *testing.T) {
 		{"every field wrong", `{"email":"x","agentType":"x","version":"x","capabilities":["x"],"owner":"","deploymentEnv":"x"}`, all},
 		{"every field of the wrong type", `{"email":1,"agentType":[],"version":{},"capabilities":"x","owner":true,"deploymentEnv":1.5}`, all},
 		{"every field null", `{"email":null,"agentType":null,"version":null,"capabilities":null,"owner":null,"deploymentEnv":null}`, all},
-		{"known and unknown fields", agentWith(map[string]any{"email": "x", "colour": 1, "a\"b\n": 1}), `a?b? colour email`},
+		{"known and unknown fields", agentWith(map[string]any{"email": "x", "colour": 1, "a\"b\n": 1}), `a'b? colour email`},
 
 		{"no email", field("email", nil), "email"},
 		{"no agentType", field("agentType", nil), "agentType"},
@@ -239,13 +239,13 @@ func TestBadAgentRequestIsRefusedWithAllItsFaults(t *testing.T) {
 		{"updatedAt is not for the caller", field("updatedAt", "2026-01-01T00:00:00.000Z"), "updatedAt"},
 		{"a name in another case", agentWith(map[string]any{"owner": nil, "Owner": "team"}), "Owner owner"},
 		{"a name in two cases", agentWith(map[string]any{"OWNER": "team"}), "OWNER"},
-		{"a name that holds two", agentWith(map[string]any{`owner":"x","status`: "active"}), `owner?:?x?,?status`},
+		{"a name that holds two", agentWith(map[string]any{`owner":"x","status`: "active"}), `owner':'x','status`},
 		{"a name with a space", agentWith(map[string]any{"owner ": "team"}), "owner "},
 	}
 	patch := []row{
 		{"no field", `{}`, "body"},
-		{"a name that holds two", `{"owner\":\"x\",\"status":"active"}`, `owner?:?x?,?status`},
-		{"a name that holds two beside a good one", `{"owner":"x","owner\":\"x\",\"status":"active"}`, `owner?:?x?,?status`},
+		{"a name that holds two", `{"owner\":\"x\",\"status":"active"}`, `owner':'x','status`},
+		{"a name that holds two beside a good one", `{"owner":"x","owner\":\"x\",\"status":"active"}`, `owner':'x','status`},
 		{"email is for ever", `{"email":"new@example.com"}`, "email"},
 		{"email is for ever, also beside others", `{"email":"new@example.com","owner":"team"}`, "email"},
 		{"agentId is for ever", `{"agentId":"` + newID() + `"}`, "agentId"},

@@ -202,10 +202,10 @@ func lockManaged(ctx context.Context, tx pgx.Tx, r *request, agentID string, sta
 		return err
 	}
 	if a.AgentID != r.caller.agentID || !r.caller.has(credentialsWrite) {
-		err = r.caller.mayManage(a)
+		err = r.caller.mayGrant(a.Capabilities)
 	}
 	if err == nil && !slices.Contains(states, a.Status) {
-		err = errNotActive.because("The agent is " + a.Status + ".")
+		err = errNotActive.because("The agent is " + a.Status + ", and only an active one is given a secret.")
 	}
 	return err
 }
@@ -371,11 +371,11 @@ type secretOwner struct {
 func (o secretOwner) refusal() *problem {
 	switch {
 	case o.agentStatus == "decommissioned": // which has revoked its credentials
-		return errClientInactive.because("This agent is decommissioned.")
+		return errClientInactive.because("This agent is decommissioned, which is final.")
 	case o.status != "active", o.expiresAt != nil && !o.expiresAt.After(time.Now()):
 		return errBadClient
 	case o.agentStatus != "active":
-		return errClientInactive.because("This agent is " + o.agentStatus + ".")
+		return errClientInactive.because("This agent is " + o.agentStatus + ", until an operator sets its status to active.")
 	}
 	return nil
 }
@@ -422,7 +422,7 @@ func (r *request) clientSecret() (id string, plain secret, err error) {
 	user, userErr := url.QueryUnescape(user)
 	password, passwordErr := url.QueryUnescape(password)
 	if err != nil || userErr != nil || passwordErr != nil {
-		return "", "", nil // that is nobody's
+		return "", "", errNoClient.because("After Basic there must be base64 of client_id:client_secret, each form-encoded.")
 	}
 	if id != "" && id != user {
 		return "", "", errTwoMethods.because("The client_id in the form is not that of the Authorization header.")

@@ -37,9 +37,9 @@ const (
 var (
 	b64 = base64.RawURLEncoding
 
-	// errBadToken says that a token is not one that is valid now. Why it isn't
-	// is nobody's business but its issuer's, so there is only one of it.
-	errBadToken = errors.New("not a valid token")
+	// errBadToken says that a token is not ours. Why it isn't is nobody's
+	// business but its issuer's, so there is only one of it.
+	errBadToken = errors.New("no token that this service has signed, whole and unchanged; get one from POST /api/v1/token")
 
 	errKey = errors.New("not RSA keys of 2048 to 8192 bits or P-256 keys, in PEM")
 )
@@ -307,14 +307,20 @@ func decodeSegment(s string) ([]byte, error) {
 }
 
 // verify returns the claims of an access token that issuer signed and that is
-// valid now; else errBadToken. Audience and revocation are the caller's.
+// valid now. Else its error tells the holder what the token is. Audience and
+// revocation are the caller's.
 func (k *keyset) verify(token, issuer string, now time.Time) (claims, error) {
 	var c claims
 	if err := k.open(accessToken, token, &c); err != nil {
 		return claims{}, err
 	}
-	if c.Issuer != issuer || c.Expires <= now.Unix() || c.IssuedAt > now.Unix()+clockSkew {
-		return claims{}, errBadToken
+	switch {
+	case c.Issuer != issuer:
+		return claims{}, fmt.Errorf("a token of the issuer %s; here it is %s", clip(c.Issuer), issuer)
+	case c.Expires <= now.Unix():
+		return claims{}, fmt.Errorf("a token that expired at %s; get a new one", moment{time.Unix(c.Expires, 0)})
+	case c.IssuedAt > now.Unix()+clockSkew:
+		return claims{}, fmt.Errorf("a token of a time to come, %s", moment{time.Unix(c.IssuedAt, 0)})
 	}
 	return c, nil
 }

@@ -451,8 +451,8 @@ func TestVerifyAcceptsOnlyWhatWeSigned(t *testing.T) {
 			}
 			for _, bad := range badTokens(t, key, good, now) {
 				c, err := keys.verify(bad.token, testIssuer, now)
-				if err != errBadToken || fmt.Sprint(c) != fmt.Sprint(claims{}) {
-					t.Errorf("%s: verify(%q) = %v, %v, want no claims and errBadToken", bad.name, bad.token, c, err)
+				if err == nil || fmt.Sprint(c) != fmt.Sprint(claims{}) {
+					t.Errorf("%s: verify(%q) = %v, %v, want no claims and an error", bad.name, bad.token, c, err)
 				}
 			}
 			if _, err := keys.verify("", testIssuer, now); err != errBadToken {
@@ -1006,8 +1006,8 @@ func FuzzVerify(f *testing.F) {
 			if err != nil {
 				t.Errorf("verify(%q) = %v, want it good", token, err)
 			}
-		} else if err != errBadToken || c.ID != "" {
-			t.Errorf("verify(%q) = %v, %v, want errBadToken", token, c, err)
+		} else if err == nil || c.ID != "" {
+			t.Errorf("verify(%q) = %v, %v, want an error", token, c, err)
 		}
 	})
 }

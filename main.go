@@ -279,8 +279,12 @@ func readEnvironment(getenv func(string) string) *inputs {
 
 // setting is the value of a variable, zero where it is empty or not right.
 func setting[T any](env *inputs, name string, parse func(string) (T, error)) (v T) {
-	if p := take(env, name, parsed("is not right", parse)); p != nil {
-		v = *p
+	if text, given := env.values[name].(string); given {
+		good, err := parse(text)
+		if err == nil {
+			return good
+		}
+		env.faults[name] = "is not right"
 	}
 	return v
 }
@@ -604,7 +608,7 @@ func (c caller) need(scope string) error {
 	if c.has(scope) {
 		return nil
 	}
-	p := errForbidden.because("This needs the scope " + scope + ".")
+	p := errForbidden.because("This needs the scope " + scope + "; yours are " + clip(strings.Join(c.scopes, " ")) + ".")
 	p.scope = scope
 	return p
 }
@@ -630,9 +634,9 @@ func (s *server) front() http.Handler {
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, refusal := r.URL.EscapedPath(), headerOnly{}
-		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
+		none := route{pattern: "none", who: public, handle: refuse(errNotFound.because("There is nothing at " + clip(p) + ".")), form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
 		// Go reads on after a body that a proxy may have measured otherwise (RFC 9112, section 6.1).
-		if r.TransferEncoding != nil || s.draining.Load() {
+		if r.TransferEncoding != nil {
 			w.Header().Set("Connection", "close")
 		}
 		if !pathPattern.MatchString(p) || path.Clean(p) != p {
@@ -644,7 +648,7 @@ func (s *server) front() http.Handler {
 		} else {
 			if own.ServeHTTP(refusal, r); refusal["Allow"] != nil {
 				w.Header()["Allow"] = refusal["Allow"]
-				none.handle = refuse(errMethod.because("The methods of this path are " + refusal["Allow"][0] + "."))
+				none.handle = refuse(errMethod.because("This path takes " + refusal["Allow"][0] + ", and not " + clip(r.Method) + "."))
 			}
 			s.answer(none, w, r)
 		}
@@ -781,19 +785,19 @@ func (p problem) with(details map[string]any) *problem {
 }
 
 var (
-	errValidation = &problem{status: 400, code: "VALIDATION_ERROR", message: "The request has faults."}
-	errTwoMethods = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "Authenticate in one way: one Authorization header, or a secret in the form."}
+	errValidation = &problem{status: 400, code: "VALIDATION_ERROR", message: "The request has faults, which details names."}
+	errTwoMethods = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "This is authenticated twice. Send one Authorization header, or client_id and client_secret in the body."}
 	errForm       = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "The form has faults."}
-	errGrantType  = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_grant_type", message: "The only grant_type here is client_credentials."}
+	errGrantType  = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_grant_type", message: "The grant_type must be client_credentials."}
 	errScope      = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_scope", message: "The scope has faults."}
 	errResource   = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_target", message: "A resource must be an absolute URI without a fragment."}
-	errNoRedirect = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_response_type", message: "There is no authorization endpoint here; agents use the client_credentials grant at the token endpoint."}
-	errRetention  = &problem{status: 400, code: "RETENTION_WINDOW_EXCEEDED", message: "The audit log is not served that far back."}
+	errNoRedirect = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_response_type", message: "There is no authorization endpoint here; agents use grant_type=client_credentials at POST /api/v1/token."}
+	errRetention  = &problem{status: 400, code: "RETENTION_WINDOW_EXCEEDED", message: "The audit log is not served that far back; details.oldest is the limit."}
 
-	errNoToken        = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "A bearer token is needed in the Authorization header."}
-	errInvalidToken   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is expired, revoked, for another service, or no token."}
-	errNoClient       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "Client authentication is needed: HTTP Basic, or client_id and client_secret in the form."}
-	errBadClient      = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "Client authentication failed."}
+	errNoToken        = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The header Authorization: Bearer TOKEN is needed, with a token from POST /api/v1/token; not in the URL, and by no other scheme."}
+	errInvalidToken   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is revoked, or its credential or agent is."}
+	errNoClient       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "Client authentication is needed: HTTP Basic, or client_id and client_secret in the body; not in the URL, and by no other scheme."}
+	errBadClient      = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The client_id (an agentId) is unknown, or its client_secret (sk_live_ and 64 hex digits) is wrong, revoked or expired."}
 	errClientInactive = &problem{status: 403, code: "AGENT_NOT_ACTIVE", oauth: "unauthorized_client", message: "The agent is not active."}
 	errQuota          = &problem{status: 403, code: "FREE_TIER_LIMIT_EXCEEDED", oauth: "unauthorized_client", message: "The monthly quota is spent."}
 	errForbidden      = &problem{status: 403, code: "FORBIDDEN", oauth: "insufficient_scope", message: "The token does not allow this."}
@@ -801,16 +805,16 @@ var (
 	errAgentLimit     = &problem{status: 403, code: "FREE_TIER_LIMIT_EXCEEDED", message: "No more agents can be registered; decommission one first."}
 
 	errNotFound     = &problem{status: 404, code: "NOT_FOUND", oauth: "invalid_request", message: "There is nothing at this path."}
-	errNoAgent      = &problem{status: 404, code: "AGENT_NOT_FOUND", message: "No agent has this id."}
-	errNoCredential = &problem{status: 404, code: "CREDENTIAL_NOT_FOUND", message: "The agent has no credential of this id."}
-	errNoEvent      = &problem{status: 404, code: "AUDIT_EVENT_NOT_FOUND", message: "No event that is served has this id."}
+	errNoAgent      = &problem{status: 404, code: "AGENT_NOT_FOUND", message: "No agent has this id; ids are UUIDs in lower case."}
+	errNoCredential = &problem{status: 404, code: "CREDENTIAL_NOT_FOUND", message: "The agent has no credential of this id; ids are UUIDs in lower case."}
+	errNoEvent      = &problem{status: 404, code: "AUDIT_EVENT_NOT_FOUND", message: "No event has this id, a UUID in lower case, or it is older than what is served."}
 	errMethod       = &problem{status: 405, code: "METHOD_NOT_ALLOWED", oauth: "invalid_request", message: "The methods of this path are in the Allow header."}
 
 	errAgentExists       = &problem{status: 409, code: "AGENT_ALREADY_EXISTS", message: "An agent with this email is registered, if only as decommissioned: an email is never free again."}
 	errDecommissioned    = &problem{status: 409, code: "AGENT_ALREADY_DECOMMISSIONED", message: "The agent is decommissioned, which is final."}
 	errCredentialRevoked = &problem{status: 409, code: "CREDENTIAL_ALREADY_REVOKED", message: "The credential is revoked, which is final."}
 
-	errTooLarge       = &problem{status: 413, code: "PAYLOAD_TOO_LARGE", oauth: "invalid_request", message: "The body may have 64 kB."}
+	errTooLarge       = &problem{status: 413, code: "PAYLOAD_TOO_LARGE", oauth: "invalid_request", message: "The body is longer than 64 kB."}
 	errMediaType      = &problem{status: 415, code: "UNSUPPORTED_MEDIA_TYPE", message: "The Content-Type must be application/json."}
 	errRateLimited    = &problem{status: 429, code: "RATE_LIMIT_EXCEEDED", oauth: "temporarily_unavailable", message: "Too many requests of this client; Retry-After says when to come back."}
 	errAddressLimited = &problem{status: 429, code: "RATE_LIMIT_EXCEEDED", oauth: "temporarily_unavailable", message: "Too many failed authentications from this address; Retry-After says when to come back."}
@@ -918,7 +922,8 @@ func take[T any](in *inputs, name string, read func(any) (T, error)) *T {
 	}
 	v, err := read(value)
 	if err != nil {
-		in.faults[name] = err.Error()
+		got, _ := json.Marshal(value)
+		in.faults[name] = err.Error() + "; it was " + clip(string(got))
 		return nil
 	}
 	return &v
@@ -981,26 +986,33 @@ func (in *inputs) problem() error {
 // and oddly cased names, null and invalid UTF-8 pass.
 func decode[T any](r *request, read func(*inputs) T) (q T, err error) {
 	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
-		return q, errMediaType
+		return q, errMediaType.because("The Content-Type must be application/json; it was '" + clip(r.Header.Get("Content-Type")) + "'.")
 	}
 	body, err := r.readBody()
 	if err != nil {
 		return q, err
 	}
-	in, d := newInputs(), json.NewDecoder(bytes.NewReader(body))
-	first, err := d.Token()
-	good := err == nil && first == json.Delim('{') && utf8.Valid(body)
-	for good && d.More() {
+	in, d, wrong := newInputs(), json.NewDecoder(bytes.NewReader(body)), ""
+	if first, _ := d.Token(); first != json.Delim('{') || !utf8.Valid(body) {
+		wrong = "doesn't begin with {, or isn't UTF-8"
+	}
+	for wrong == "" && d.More() {
 		var value any
 		token, err := d.Token()
 		name, _ := token.(string)
-		_, again := in.values[name]
-		good = err == nil && !again && d.Decode(&value) == nil
+		if _, again := in.values[name]; again {
+			wrong = "has " + clip(name) + " twice"
+		} else if err != nil || d.Decode(&value) != nil {
+			wrong = fmt.Sprintf("isn't JSON after byte %d", d.InputOffset())
+		}
 		in.values[name] = value
 	}
 	_, openErr := d.Token() // the closing brace
-	if _, end := d.Token(); !good || openErr != nil || end != io.EOF {
-		return q, errValidation.because("The body must be one JSON object in UTF-8, without repeated names, and nothing after it.")
+	if _, end := d.Token(); wrong == "" && (openErr != nil || end != io.EOF) {
+		wrong = "doesn't end with its closing }"
+	}
+	if wrong != "" {
+		return q, errValidation.because("The body must be one JSON object, and this one " + wrong + ".")
 	}
 	q = read(in)
 	return q, in.problem()
@@ -1011,7 +1023,7 @@ func (r *request) query() *inputs {
 	in := newInputs()
 	values, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		in.faults["query"] = "has a bad escape, or a ';'"
+		in.faults["query"] = "must be name=value pairs, with % only before two hex digits and no ;"
 	}
 	for name, list := range values {
 		if in.values[name] = list[0]; len(list) > 1 {
@@ -1121,14 +1133,18 @@ func (m *moment) ScanTimestamptz(v pgtype.Timestamptz) error {
 	return nil
 }
 
-// clip makes a piece of a request fit for an error message.
+// clip makes a piece of a request fit for an error message, which never repeats
+// a secret or a token.
 func clip(s string) string {
+	if strings.Contains(s, "sk_live_") || strings.Contains(s, "eyJ") {
+		return "[secret]"
+	}
 	return strings.Map(func(c rune) rune {
-		if c < ' ' || c > '~' || c == '"' || c == '\\' {
+		if c < ' ' || c > '~' || c == '\\' {
 			return '?'
 		}
 		return c
-	}, s[:min(len(s), 100)])
+	}, strings.ReplaceAll(s[:min(len(s), 100)], `"`, "'"))
 }
 
 // showLife says that the process runs, whatever the stores do.

@@ -28,7 +28,7 @@ func (r *request) parseForm() error {
 	types := r.Header.Values("Content-Type")
 	if mediaType, _, err := mime.ParseMediaType(strings.Join(types, ",")); err != nil ||
 		len(types) != 1 || mediaType != "application/x-www-form-urlencoded" {
-		return errForm.because("The body must be application/x-www-form-urlencoded, and say so in one Content-Type.")
+		return errForm.because("The Content-Type must be application/x-www-form-urlencoded, once; it was '" + clip(strings.Join(types, ", ")) + "'.")
 	}
 	body, err := r.readBody()
 	if err != nil {
@@ -36,7 +36,7 @@ func (r *request) parseForm() error {
 	}
 	form, err := url.ParseQuery(string(body))
 	if err != nil {
-		return errForm.because("The body has a bad escape, or a ';'.")
+		return errForm.because("The body must be name=value pairs, with % only before two hex digits and no ;.")
 	}
 	for name, values := range form {
 		if len(values) > 1 && name != "resource" {
@@ -55,8 +55,11 @@ func (s *server) identify(r *request) error {
 		return errNoToken
 	}
 	c, err := s.keys.verify(strings.TrimLeft(token, " "), s.cfg.issuer, time.Now())
-	if err != nil || !slices.Contains(c.Audience, s.cfg.issuer) {
-		return errInvalidToken
+	if err == nil && !slices.Contains(c.Audience, s.cfg.issuer) {
+		err = fmt.Errorf("a token for %s; ask for one without resource, or for %s too", clip(strings.Join(c.Audience, " ")), s.cfg.issuer)
+	}
+	if err != nil {
+		return errInvalidToken.because("This is " + err.Error() + ".")
 	}
 	v, err := s.admit(r.Context(), c.Subject, c.revocationIDs(), "", 0)
 	if err != nil {
@@ -121,9 +124,9 @@ func (s *server) checkGrant(r *request) (scope string, aud audience, err error) 
 	switch r.form.Get("grant_type") {
 	case "client_credentials":
 	case "":
-		return "", nil, errForm.because("The parameter grant_type is missing; it must be client_credentials.")
+		return "", nil, errForm.because("The body lacks grant_type=client_credentials.")
 	default:
-		return "", nil, errGrantType
+		return "", nil, errGrantType.because("The grant_type must be client_credentials; it was '" + clip(r.form.Get("grant_type")) + "'.")
 	}
 	if scope, err = grantScope(r.form.Get("scope"), r.caller.scopes); err != nil {
 		return "", nil, err
@@ -139,7 +142,7 @@ func grantScope(asked string, capabilities []string) (string, error) {
 		return strings.Join(capabilities, " "), nil
 	}
 	if !scopePattern.MatchString(asked) {
-		return "", errScope.because("The scope must be names of printable ASCII without quotes and backslashes, separated by single spaces.")
+		return "", errScope.because("The scope must be names like agents:read, separated by single spaces; it was '" + clip(asked) + "'.")
 	}
 	var granted []string
 	for _, scope := range strings.Split(asked, " ") {
@@ -150,7 +153,7 @@ func grantScope(asked string, capabilities []string) (string, error) {
 		}
 	}
 	if granted == nil {
-		return "", errScope.because("None of the scopes asked for is among the agent's capabilities.")
+		return "", errScope.because("Of '" + clip(asked) + "' none is among the agent's capabilities: " + clip(strings.Join(capabilities, " ")) + ".")
 	}
 	scope := strings.Join(granted, " ")
 	if len(scope) > 64*101 { // longer than all capabilities, and a token must not be too long to be read
@@ -170,11 +173,11 @@ func grantAudience(resources []string, issuer string) (audience, error) {
 		u, err := url.Parse(resource)
 		if err != nil || !u.IsAbs() || u.Fragment != "" || strings.Contains(resource, "#") ||
 			strings.IndexFunc(resource, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }) >= 0 {
-			return nil, errResource
+			return nil, errResource.because("A resource must be an absolute URI without a fragment; it was '" + clip(resource) + "'.")
 		}
 		encoded, _ := json.Marshal(resource)
 		if size += len(encoded); size > 2048 || len(aud) >= 16 {
-			return nil, errResource.because("The resources may be 16 of 2,048 characters together.")
+			return nil, errResource.because("There may be 16 resources of 2,048 characters together; these are more.")
 		}
 		if !slices.Contains(aud, resource) {
 			aud = append(aud, resource)
@@ -221,7 +224,7 @@ func (s *server) spend(r *request, month string) (counted bool, err error) {
 func (s *server) introspectToken(r *request) (any, error) {
 	token := r.form.Get("token")
 	if token == "" {
-		return nil, errForm.because("The parameter token is missing.")
+		return nil, errForm.because("The body lacks token=TOKEN, the one that this is about.")
 	}
 	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
 	active := err == nil
@@ -252,7 +255,7 @@ func (s *server) introspectToken(r *request) (any, error) {
 func (s *server) revokeToken(r *request) (any, error) {
 	token := r.form.Get("token")
 	if token == "" {
-		return nil, errForm.because("The parameter token is missing.")
+		return nil, errForm.because("The body lacks token=TOKEN, the one that this is about.")
 	}
 	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
 	if err != nil {
@@ -260,7 +263,7 @@ func (s *server) revokeToken(r *request) (any, error) {
 	}
 	e := newEvent(tokenRevoked, c.Subject, facts{"jti": c.ID})
 	if c.Subject != r.caller.agentID && !r.caller.has(agentsWrite) {
-		return nil, s.refused(r, e, errForm.because("This token was issued to another client."))
+		return nil, s.refused(r, e, errForm.because("This token was issued to another client; to revoke it takes the scope agents:write."))
 	}
 	return struct{}{}, s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		fresh, err := revoke(ctx, tx, "token", c.ID, time.Unix(c.Expires, 0).Add(time.Hour))
