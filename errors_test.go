@@ -74,7 +74,7 @@ func TestErrorsTeach(t *testing.T) {
 		{"too much at once", "GET /api/v1/agents?limit=1000", bearer, "", "", 400, []string{"from 1 to 100; it was '1000'"}},
 		{"a plus that is a space", "GET /api/v1/audit?fromDate=2026-03-28T09:00:00+01:00", bearer, "", "", 400, []string{"it was '2026-03-28T09:00:00 01:00'"}},
 		{"another method", "PUT /api/v1/agents/" + id, bearer, "application/json", "{}", 405, []string{"DELETE, GET, HEAD, PATCH", "not PUT"}},
-		{"another path", "POST /oauth/token", basic, formType, "grant_type=client_credentials", 404, []string{"nothing at /oauth/token"}},
+		{"another path", "POST /oauth/token", basic, formType, "grant_type=client_credentials", 404, []string{"nothing at this path", "/openapi.yaml"}},
 	} {
 		method, path, _ := strings.Cut(row.request, " ")
 		var header []string

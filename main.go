@@ -634,7 +634,7 @@ func (s *server) front() http.Handler {
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, refusal := r.URL.EscapedPath(), headerOnly{}
-		none := route{pattern: "none", who: public, handle: refuse(errNotFound.because("There is nothing at " + clip(p) + ".")), form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
+		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
 		// Go reads on after a body that a proxy may have measured otherwise (RFC 9112, section 6.1).
 		if r.TransferEncoding != nil {
 			w.Header().Set("Connection", "close")
@@ -804,7 +804,7 @@ var (
 	errNotActive      = &problem{status: 403, code: "AGENT_NOT_ACTIVE", message: "The agent is not active."}
 	errAgentLimit     = &problem{status: 403, code: "FREE_TIER_LIMIT_EXCEEDED", message: "No more agents can be registered; decommission one first."}
 
-	errNotFound     = &problem{status: 404, code: "NOT_FOUND", oauth: "invalid_request", message: "There is nothing at this path."}
+	errNotFound     = &problem{status: 404, code: "NOT_FOUND", oauth: "invalid_request", message: "There is nothing at this path; /openapi.yaml lists those that there are."}
 	errNoAgent      = &problem{status: 404, code: "AGENT_NOT_FOUND", message: "No agent has this id; ids are UUIDs in lower case."}
 	errNoCredential = &problem{status: 404, code: "CREDENTIAL_NOT_FOUND", message: "The agent has no credential of this id; ids are UUIDs in lower case."}
 	errNoEvent      = &problem{status: 404, code: "AUDIT_EVENT_NOT_FOUND", message: "No event has this id, a UUID in lower case, or it is older than what is served."}
