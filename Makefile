@@ -24,7 +24,7 @@ run: ## start everything on http://localhost:3000, and print a client and a curl
 	@exec $(call tied,TERM) ./dev.sh
 
 test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
-	@$(services) $(for_tests) $(go_test) -race -shuffle=on -timeout 10m $(TESTFLAGS) ./...
+	@$(services) $(for_tests) $(go_test) -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
 
 soak: gcc ## run all tests at their full length, then each fuzz target (FUZZTIME=30s)
 	@$(services) $(for_tests) env SOAK=1 $(go_test) -race -shuffle=on -timeout 90m $(TESTFLAGS) ./...
@@ -39,7 +39,7 @@ fuzz: ## run each fuzz target for FUZZTIME=30s
 		$(call tied,TERM) $(go_test) -run ^- -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) .; done'
 
 cover: ## run all tests and say which functions they reach
-	@$(services) $(for_tests) $(go_test) -timeout 10m -coverprofile cover.out $(TESTFLAGS) ./...
+	@$(services) $(for_tests) $(go_test) -timeout 30m -coverprofile cover.out $(TESTFLAGS) ./...
 	@$(GO) tool cover -func cover.out
 
 lint: ## gofmt, go vet, staticcheck
