@@ -316,8 +316,10 @@ func (v *service) do(method, path, body string, header ...string) answer {
 }
 
 var testClient = &http.Client{
-	Timeout:       30 * time.Second,
-	Transport:     &http.Transport{MaxIdleConnsPerHost: 64},
+	Timeout: 30 * time.Second,
+	// A server closes a connection that sends no header for 5 s, also under a
+	// request that is just being sent. So those that idle are closed before.
+	Transport:     &http.Transport{MaxIdleConnsPerHost: 64, IdleConnTimeout: 3 * time.Second},
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 }
 
