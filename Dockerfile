@@ -2,7 +2,7 @@ FROM golang:1.26-bookworm AS build
 WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
-COPY *.go schema.sql ./
+COPY *.go schema.sql openapi.yaml ./
 RUN CGO_ENABLED=0 go build -trimpath -o /agentidp .
 
 # No shell and nothing else to run.

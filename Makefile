@@ -3,6 +3,7 @@ BENCH = .
 BENCHTIME = 2s
 FUZZTIME = 30s
 TESTFLAGS =
+ANSWERS = $(CURDIR)/answers.jsonl
 
 # Recipes end in exec, so that Ctrl-C, or a SIGTERM sent to make, reaches the program itself. Should make be killed, the kernel
 # tells the program.
@@ -23,8 +24,15 @@ help: ## list these
 run: ## start everything on http://localhost:3000, and print a client and a curl line for a token
 	@exec $(call tied,TERM) ./dev.sh
 
+# All tests, not some, leave a record of the answers for 'make openapi'.
 test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
-	@$(services) $(for_tests) $(go_test) -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
+	@$(services) $(for_tests) env ANSWERS="$(if $(TESTFLAGS),,$(ANSWERS))" $(go_test) -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
+
+$(ANSWERS): $(wildcard *.go) schema.sql openapi.yaml
+	@$(MAKE) test TESTFLAGS=
+
+openapi: $(ANSWERS) ## hold openapi.yaml, and every answer in the tests, to each other
+	@$(GO) run -C acceptance/openapi . "$(CURDIR)/openapi.yaml" "$(ANSWERS)"
 
 soak: gcc ## run all tests at their full length, then each fuzz target (FUZZTIME=30s)
 	@$(services) $(for_tests) env SOAK=1 $(go_test) -race -shuffle=on -timeout 90m $(TESTFLAGS) ./...
@@ -58,4 +66,4 @@ gcc:
 	@command -v $(GO) >/dev/null || { echo "Go is needed (go.mod has the version), and '$(GO)' is not on PATH" >&2; exit 69; }
 	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
 
-.PHONY: help run test soak bench fuzz cover lint vuln build gcc
+.PHONY: help run test openapi soak bench fuzz cover lint vuln build gcc

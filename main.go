@@ -74,6 +74,9 @@ const (
 //go:embed schema.sql
 var schema string
 
+//go:embed openapi.yaml
+var openAPI []byte
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal stops at once
@@ -552,6 +555,7 @@ func (s *server) routes() []route {
 		{"GET /.well-known/oauth-authorization-server", 200, public, s.showMetadata, rest, ""},
 		{"GET /.well-known/openid-configuration", 200, public, s.showMetadata, rest, ""}, // where many clients look for it
 		{"GET /.well-known/oauth-protected-resource", 200, public, s.showResource, rest, ""},
+		{"GET /openapi.yaml", 200, public, showOpenAPI, rest, ""},
 		{"GET /health", 200, public, s.showHealth, rest, ""},
 		{"GET /livez", 200, public, showLife, rest, ""},
 		{"GET /readyz", 200, public, s.showHealth, rest, ""},
@@ -874,15 +878,17 @@ func (s *server) challenge(r *request, form envelope, p *problem) {
 
 // respond encodes before it writes, so that an answer is whole; nil is none.
 func respond(w http.ResponseWriter, status int, body any) {
-	var b []byte
-	if body != nil {
+	b, encoded := body.([]byte)
+	if body != nil && !encoded {
 		var err error
 		if b, err = json.Marshal(body); err != nil {
 			panic(err) // a type of ours that has no JSON
 		}
 		w.Header().Set("Content-Type", "application/json")
-		w.Header().Set("Content-Length", strconv.Itoa(len(b)+1))
 		b = append(b, '\n')
+	}
+	if b != nil {
+		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
 	}
 	w.WriteHeader(status)
 	w.Write(b) // an error means that the client has gone
@@ -1156,7 +1162,7 @@ func showLife(*request) (any, error) {
 // asking costs nothing.
 func (s *server) showHealth(r *request) (any, error) {
 	word := map[bool]string{true: "up", false: "down"}
-	h := map[string]any{"status": "ok", "version": version(), "services": map[string]string{
+	h := map[string]any{"version": version(), "services": map[string]string{
 		"postgres": word[s.postgresUp.Load()], "redis": word[s.redisUp.Load()],
 	}}
 	switch {
@@ -1164,10 +1170,16 @@ func (s *server) showHealth(r *request) (any, error) {
 		return nil, errStopping.with(h)
 	case !s.postgresUp.Load():
 		return nil, errUnavailable.with(h)
-	case !s.redisUp.Load():
-		h["status"] = "degraded"
 	}
+	h["status"] = map[bool]string{true: "ok", false: "degraded"}[s.redisUp.Load()]
 	return h, nil
+}
+
+// showOpenAPI describes all routes to programs, in the form of RFC 9512.
+func showOpenAPI(r *request) (any, error) {
+	r.out.Set("Content-Type", "application/yaml")
+	r.out.Set("Cache-Control", "public, max-age=300")
+	return openAPI, nil
 }
 
 // showKeys is RFC 7517. A key has to be published for as long as this answer
