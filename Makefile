@@ -1,5 +1,6 @@
 GO = go
 BENCH = .
+CLIENTS =
 BENCHTIME = 2s
 FUZZTIME = 30s
 TESTFLAGS =
@@ -19,7 +20,7 @@ for_tests = sh -c 'export TEST_DATABASE_URL="$$DATABASE_URL" TEST_REDIS_URL="$$R
 go_test = $(GO) test $(if $(shell command -v setpriv),-exec "$(call tied,KILL)")
 
 help: ## list these
-	@sed -n 's/^\([a-z]*\):[^#]*## /make \1	/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z]*\):[^#]*## /make \1	/p' Makefile | expand -t 17
 
 run: ## start everything on http://localhost:3000, and print a client and a curl line for a token
 	@exec $(call tied,TERM) ./dev.sh
@@ -37,6 +38,9 @@ openapi: $(ANSWERS) ## hold openapi.yaml, and every answer in the tests, to each
 soak: gcc ## run all tests at their full length, then each fuzz target (FUZZTIME=30s)
 	@$(services) $(for_tests) env SOAK=1 $(go_test) -race -shuffle=on -timeout 90m $(TESTFLAGS) ./...
 	@$(MAKE) fuzz
+
+acceptance: ## drive the program with clients that others wrote, by npm and apt too (CLIENTS='nginx jose' for some)
+	@exec $(call tied,TERM) ./acceptance/run.sh $(CLIENTS)
 
 bench: ## run the benchmarks, on servers that write to disk (BENCH=regexp BENCHTIME=2s)
 	@$(services) --durable $(for_tests) $(go_test) -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 30m \
@@ -66,4 +70,4 @@ gcc:
 	@command -v $(GO) >/dev/null || { echo "Go is needed (go.mod has the version), and '$(GO)' is not on PATH" >&2; exit 69; }
 	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
 
-.PHONY: help run test openapi soak bench fuzz cover lint vuln build gcc
+.PHONY: help run test openapi soak acceptance bench fuzz cover lint vuln build gcc

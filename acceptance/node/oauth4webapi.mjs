@@ -1,0 +1,100 @@
+import * as oauth from 'oauth4webapi';
+import { agent, base, bearer, end, equal, given, refuses, resource, service, tokens, works } from './check.mjs';
+
+const http = { [oauth.allowInsecureRequests]: true };
+const issuer = new URL(base);
+const discover = async (algorithm) =>
+	oauth.processDiscoveryResponse(issuer, await oauth.discoveryRequest(issuer, { algorithm, ...http }));
+
+for (const algorithm of ['oauth2', 'oidc']) {
+	await works(`discovers the service, by ${algorithm}`, async () => {
+		const as = await discover(algorithm);
+		equal('token_endpoint', as.token_endpoint, `${base}/api/v1/token`);
+	});
+}
+await refuses(
+	'an issuer with a slash at the end',
+	async () =>
+		oauth.processDiscoveryResponse(new URL(`${base}/x`), await oauth.discoveryRequest(issuer, { algorithm: 'oauth2', ...http })),
+	(err) => err.code === oauth.JSON_ATTRIBUTE_COMPARISON,
+);
+
+const as = await discover('oauth2');
+const me = { client_id: agent.id };
+const grant = async (secret, parameters = {}) =>
+	oauth.processClientCredentialsResponse(
+		as,
+		me,
+		await oauth.clientCredentialsGrantRequest(as, me, oauth.ClientSecretBasic(secret), parameters, http),
+	);
+const token = await works('gets a token', async () => {
+	const got = await grant(agent.secret, { scope: 'resumes:read', resource });
+	equal('token_type', got.token_type, 'bearer');
+	equal('expires_in', got.expires_in, 3600);
+	return got.access_token;
+});
+await refuses(
+	'a wrong secret, with a challenge',
+	() => grant(service.secret),
+	(err) =>
+		err instanceof oauth.WWWAuthenticateChallengeError &&
+		err.status === 401 &&
+		err.cause[0].scheme === 'basic' &&
+		err.cause[0].parameters.error === 'invalid_client',
+);
+
+const asked = { client_id: service.id };
+const introspect = async (token) =>
+	oauth.processIntrospectionResponse(
+		as,
+		asked,
+		await oauth.introspectionRequest(as, asked, oauth.ClientSecretBasic(service.secret), token, http),
+	);
+await works('introspects', async () => equal('active', (await introspect(token)).active, true));
+await works('is told that a revoked token is inactive', async () => equal('active', (await introspect(tokens.revoked)).active, false));
+await works('revokes', async () => {
+	await oauth.processRevocationResponse(await oauth.revocationRequest(as, me, oauth.ClientSecretPost(agent.secret), token, http));
+	equal('active', (await introspect(token)).active, false);
+});
+
+// As a resource server, by RFC 9068.
+const validate = (token) =>
+	oauth.validateJwtAccessToken(as, new Request(resource, { headers: bearer(token) }), resource, { ...http });
+await works('validates a good token', () => validate(tokens.good));
+await works('validates one that only we signed, as a control', () => validate(tokens.forged));
+for (const [what, bad, code] of [
+	['an expired token', tokens.expired, oauth.JWT_TIMESTAMP_CHECK],
+	['a wrong issuer', tokens.wrongIssuer, oauth.JWT_CLAIM_COMPARISON],
+	['a wrong audience', tokens.wrongAudience, oauth.JWT_CLAIM_COMPARISON],
+	['a wrong key', tokens.wrongKey, oauth.INVALID_RESPONSE],
+	['an unknown key', tokens.unknownKey, oauth.KEY_SELECTION],
+	['a wrong type', tokens.wrongType, oauth.INVALID_RESPONSE],
+	['a changed scope', tokens.tampered, oauth.INVALID_RESPONSE],
+]) {
+	await refuses(
+		what,
+		() => validate(bad),
+		(err) => err.code === code || err.cause?.[0]?.parameters?.error === 'invalid_token',
+	);
+}
+
+// As a client of the service's own API, which is a protected resource too.
+await works('finds the metadata of the API, by RFC 9728', async () => {
+	const found = await oauth.processResourceDiscoveryResponse(issuer, await oauth.resourceDiscoveryRequest(issuer, http));
+	equal('authorization_servers', found.authorization_servers[0], base);
+});
+await works('calls the API', async () => {
+	const { access_token } = await grant(agent.secret);
+	const answer = await oauth.protectedResourceRequest(access_token, 'GET', new URL(`${base}/api/v1/agents`), undefined, undefined, http);
+	equal('the status', answer.status, 200);
+});
+await refuses(
+	'a revoked token at the API, with a challenge',
+	() => oauth.protectedResourceRequest(token, 'GET', new URL(`${base}/api/v1/agents`), undefined, undefined, http),
+	(err) =>
+		err instanceof oauth.WWWAuthenticateChallengeError &&
+		err.cause[0].scheme === 'bearer' &&
+		err.cause[0].parameters.error === 'invalid_token' &&
+		err.cause[0].parameters.resource_metadata === `${given.base}/.well-known/oauth-protected-resource`,
+);
+end();

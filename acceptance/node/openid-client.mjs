@@ -1,0 +1,78 @@
+import * as client from 'openid-client';
+import { agent, base, end, equal, refuses, resource, service, tokens, works } from './check.mjs';
+
+const options = { execute: [client.allowInsecureRequests] }; // http
+const discover = (who, authentication, more) =>
+	client.discovery(new URL(base), who.id, undefined, authentication(who.secret), { ...options, ...more });
+const refusedAs = (status, code) => (err) =>
+	err.status === status && (err.error === code || err.cause?.[0]?.parameters?.error === code);
+
+for (const [name, authentication] of [
+	['Basic', client.ClientSecretBasic],
+	['the form', client.ClientSecretPost],
+]) {
+	for (const algorithm of ['oauth2', 'oidc']) {
+		await works(`discovers the service, by ${algorithm} and ${name}`, async () => {
+			const config = await discover(agent, authentication, { algorithm });
+			equal('the issuer', config.serverMetadata().issuer, base);
+		});
+	}
+	await works(`gets a token, by ${name}`, async () => {
+		const config = await discover(agent, authentication);
+		const got = await client.clientCredentialsGrant(config, { scope: 'resumes:read resumes:write', resource });
+		equal('token_type', got.token_type, 'bearer');
+		equal('expires_in', got.expires_in, 3600);
+		equal('expiresIn()', got.expiresIn() > 3500, true);
+		equal('scope', got.scope, 'resumes:read');
+	});
+	await refuses(
+		`a wrong secret, by ${name}`,
+		async () => client.clientCredentialsGrant(await discover({ ...agent, secret: service.secret }, authentication)),
+		refusedAs(401, 'invalid_client'),
+	);
+	await works(`introspects, by ${name}`, async () => {
+		const is = await client.tokenIntrospection(await discover(service, authentication), tokens.good);
+		equal('active', is.active, true);
+		equal('iss', is.iss, base);
+		equal('aud', is.aud, resource);
+		equal('scope', is.scope, 'resumes:read');
+		equal('the type of exp', typeof is.exp, 'number');
+	});
+	await works(`revokes, by ${name}`, async () => {
+		const config = await discover(agent, authentication);
+		const { access_token } = await client.clientCredentialsGrant(config);
+		const asking = await discover(service, authentication);
+		equal('active before', (await client.tokenIntrospection(asking, access_token)).active, true);
+		await client.tokenRevocation(config, access_token);
+		equal('active after', (await client.tokenIntrospection(asking, access_token)).active, false);
+	});
+}
+
+const config = await discover(agent, client.ClientSecretBasic);
+const asking = await discover(service, client.ClientSecretBasic);
+for (const [what, token] of [
+	['an expired token', tokens.expired],
+	['a wrong issuer', tokens.wrongIssuer],
+	['a wrong key', tokens.wrongKey],
+	['a wrong type', tokens.wrongType],
+	['a revoked token', tokens.revoked],
+	['garbage', 'x'],
+]) {
+	await works(`is told that ${what} is inactive`, async () => {
+		equal('the answer', JSON.stringify(await client.tokenIntrospection(asking, token)), '{"active":false}');
+	});
+}
+await refuses('to introspect without tokens:read', () => client.tokenIntrospection(config, tokens.good), refusedAs(403, 'insufficient_scope'));
+await refuses('to revoke the token of another', () => client.tokenRevocation(config, tokens.good), refusedAs(400, 'invalid_request'));
+await refuses(
+	'a grant that is not there',
+	() => client.genericGrantRequest(config, 'urn:ietf:params:oauth:grant-type:token-exchange', { subject_token: 'x' }),
+	refusedAs(400, 'unsupported_grant_type'),
+);
+await refuses('a scope that it may not have', () => client.clientCredentialsGrant(config, { scope: 'payroll:read' }), refusedAs(400, 'invalid_scope'));
+await refuses(
+	'an issuer that is not the URL',
+	() => client.discovery(new URL(base.replace('localhost', '127.0.0.1')), agent.id, agent.secret, undefined, options),
+	(err) => err.code === 'OAUTH_JSON_ATTRIBUTE_COMPARISON_FAILED',
+);
+end();
