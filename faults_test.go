@@ -536,6 +536,8 @@ func TestPostgreSQLThatRefusesIsA503(t *testing.T) {
 	t.Parallel()
 	o := newOrdeal(t)
 	p := o.postgres
+	const trigger = `create or replace function refuse() returns trigger language plpgsql as $$ begin `
+	o.exec(trigger+`return new; end $$`, `create trigger refuse before insert on audit_events for each row execute function refuse()`)
 	var calm func()
 	restarts := func(stop func()) func() {
 		return func() {
@@ -555,9 +557,8 @@ func TestPostgreSQLThatRefusesIsA503(t *testing.T) {
 			o.exec(`alter system reset default_transaction_read_only`, `select pg_reload_conf()`)
 		}},
 		{name: "the log refuses events", during: noAudit, begin: func() {
-			o.exec(`create function refuse() returns trigger language plpgsql as $$ begin raise exception 'refused'; end $$`,
-				`create trigger refuse before insert on audit_events for each row execute function refuse()`)
-		}, end: func() { o.exec(`drop trigger refuse on audit_events`) }},
+			o.exec(trigger + `raise exception 'refused'; end $$`)
+		}, end: func() { o.exec(trigger + `return new; end $$`) }},
 		{name: "PostgreSQL is slow", during: allWell, begin: func() {
 			calm = pulse(p.process, 50*time.Millisecond, 50*time.Millisecond)
 		}, end: func() { calm() }},

@@ -443,7 +443,7 @@ func TestHostileInputIsAnsweredAndHarmsNothing(t *testing.T) {
 	secrets := []string{secret, p.token(id, secret, ""), "canary"}
 	// Of all texts, each place has one in so many, and more of them where they
 	// may get as far as a store.
-	share, deepShare := rounds(400, 10), rounds(9, 1)
+	share, deepShare := rounds(400, 40), rounds(14, 2)
 	state, sent, lines := p.stateOf(), 0, map[string]int{}
 	try := func(rt route, place place, text string) {
 		sent++
