@@ -239,9 +239,9 @@ func (p *program) places(rt route) (list []place) {
 				form.Del(name)
 				m.body = form.Encode() + "&" + name + "=" + text
 			}
-			put := hidden
-			if name == "grant_type" {
-				put = at
+			put := at // what is refused may be said
+			if name == "client_secret" || name == "client_id" || name == "token" {
+				put = hidden
 			}
 			put("form "+name, always, func(m *message, text string) { replace(m, url.QueryEscape(text)) })
 			put("bytes of form "+name, always, replace)
@@ -265,8 +265,12 @@ func (p *program) places(rt route) (list []place) {
 	hidden("Cookie", asValue, func(m *message, text string) { m.set("Cookie", "session="+text) })
 	for _, name := range []string{"Content-Type", "X-Forwarded-For", "Origin", "Accept", "Accept-Encoding", "Content-Encoding", "Range",
 		"If-None-Match", "Access-Control-Request-Method", "X-Http-Method-Override", "Forwarded", "Referer"} {
-		hidden(name, asValue, func(m *message, text string) { m.set(name, text) })
-		hidden(name+" twice", asValue, func(m *message, text string) { m.add(name, "x"); m.add(name, text) })
+		put := hidden
+		if name == "Content-Type" {
+			put = at
+		}
+		put(name, asValue, func(m *message, text string) { m.set(name, text) })
+		put(name+" twice", asValue, func(m *message, text string) { m.add(name, "x"); m.add(name, text) })
 	}
 	at("User-Agent", asValue, func(m *message, text string) { m.set("User-Agent", text) })                                       // which the audit log has
 	at("X-Request-Id", asValue, func(m *message, text string) { m.set("X-Request-Id", strings.ReplaceAll(text, "canary", "")) }) // which is logged
