@@ -305,6 +305,7 @@ func (o *ordeal) well(when string) {
 // copies.
 func (o *ordeal) verify(when string) {
 	o.t.Helper()
+	o.db.Reset() // its connections may be to a PostgreSQL that is no more
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	lost := func(what, sql string, ids []string) {
@@ -510,6 +511,7 @@ func TestWhateverHappensToRedisEveryAnswerIsRight(t *testing.T) {
 // exec is what the owner of the database does.
 func (o *ordeal) exec(statements ...string) {
 	o.t.Helper()
+	o.db.Reset()
 	for _, sql := range statements {
 		if _, err := o.db.Exec(context.Background(), sql); err != nil {
 			o.t.Fatalf("%s: %v", sql, err)
