@@ -33,6 +33,13 @@ const token = await works('gets a token', async () => {
 	equal('expires_in', got.expires_in, 3600);
 	return got.access_token;
 });
+await works('sees the types of RFC 6749, which it would convert', async () => {
+	const answer = await oauth.clientCredentialsGrantRequest(as, me, oauth.ClientSecretBasic(agent.secret), {}, http);
+	const body = await answer.json();
+	for (const [name, type] of Object.entries({ access_token: 'string', token_type: 'string', expires_in: 'number', scope: 'string' })) {
+		equal(`the type of ${name}`, typeof body[name], type);
+	}
+});
 await refuses(
 	'a wrong secret, with a challenge',
 	() => grant(service.secret),
