@@ -99,9 +99,9 @@ func readCapabilities(value any) (list []string, err error) {
 		case len(c) > 100 || !capabilityPattern.MatchString(c):
 			err = fmt.Errorf("%q must be resource:action or resource:* in lower case, of at most 100 characters", clip(fmt.Sprint(value)))
 		case action == "*" && slices.Contains([]string{"agents", "tokens", "audit", "credentials"}, resource):
-			err = fmt.Errorf("%q is refused: name each action of agents, tokens, audit and credentials", c)
+			err = fmt.Errorf("%q is refused: name each action of agents, tokens, audit and credentials", clip(c))
 		case slices.Contains(list, c):
-			err = fmt.Errorf("%q is there twice", c)
+			err = fmt.Errorf("%q is there twice", clip(c))
 		}
 		list = append(list, c)
 	}

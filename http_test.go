@@ -788,7 +788,7 @@ func TestSecretsCanBeFiles(t *testing.T) {
 			for name, value := range set {
 				env[name] = value
 			}
-			if _, err := loadConfig(func(name string) string { return env[name] }); err == nil || !strings.Contains(err.Error(), name) {
+			if _, err := loadConfig(func(name string) string { return env[name] }); err == nil || !strings.Contains(err.Error(), name) || strings.Contains(err.Error(), empty) {
 				t.Errorf("loadConfig with %s and its file %s = %v, want an error that names it", name, fault, err)
 			}
 		}

@@ -261,7 +261,7 @@ func readEnvironment(getenv func(string) string) *inputs {
 		if file != "" {
 			content, err := os.ReadFile(file)
 			if err != nil {
-				env.faults[v.name] = fmt.Sprintf("has a file that can't be read (%v)", err)
+				env.faults[v.name] = "has a file that can't be read" // its name may be the secret, by mistake
 			}
 			if value != "" {
 				env.faults[v.name] = "and " + v.name + "_FILE are both set"
@@ -640,7 +640,7 @@ func (s *server) front() http.Handler {
 		p, refusal := r.URL.EscapedPath(), headerOnly{}
 		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
 		// Go reads on after a body that a proxy may have measured otherwise (RFC 9112, section 6.1).
-		if r.TransferEncoding != nil {
+		if r.TransferEncoding != nil || !r.ProtoAtLeast(1, 1) {
 			w.Header().Set("Connection", "close")
 		}
 		if !pathPattern.MatchString(p) || path.Clean(p) != p {
@@ -711,7 +711,7 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 		r.out.Set("Connection", "close")
 	}
 	respond(w, status, body)
-	slog.Info("request", "method", in.Method, "route", rt.pattern, "status", status, "code", code,
+	slog.Info("request", "method", clip(in.Method), "route", rt.pattern, "status", status, "code", code,
 		"ms", float64(time.Since(begun).Microseconds())/1000, "requestId", r.id,
 		"clientId", r.caller.agentID, "ip", r.addr.String())
 }

@@ -145,21 +145,22 @@ func grantScope(asked string, capabilities []string) (string, error) {
 		return "", errScope.because("The scope must be names like agents:read, separated by single spaces; it was '" + clip(asked) + "'.")
 	}
 	var granted []string
+	size := 0
 	for _, scope := range strings.Split(asked, " ") {
 		resource, _, _ := strings.Cut(scope, ":")
 		if !slices.Contains(granted, scope) && (slices.Contains(capabilities, scope) ||
 			slices.Contains(capabilities, resource+":*") && capabilityPattern.MatchString(scope)) {
 			granted = append(granted, scope)
+			size += len(" ") + len(scope)
+		}
+		if size > 64*101 { // longer than all capabilities, and a token must not be too long to be read
+			return "", errScope.because("The scopes asked for are too long together; ask for fewer, or for resource:*.")
 		}
 	}
 	if granted == nil {
 		return "", errScope.because("Of '" + clip(asked) + "' none is among the agent's capabilities: " + clip(strings.Join(capabilities, " ")) + ".")
 	}
-	scope := strings.Join(granted, " ")
-	if len(scope) > 64*101 { // longer than all capabilities, and a token must not be too long to be read
-		return "", errScope.because("The scopes asked for are too long together; ask for fewer, or for resource:*.")
-	}
-	return scope, nil
+	return strings.Join(granted, " "), nil
 }
 
 // grantAudience is the resources asked for (RFC 8707, section 2), else us.
