@@ -215,6 +215,8 @@ func TestCredentialRefusals(t *testing.T) {
 		{"rotate an id in upper case", v.bearer, "POST", list + "/" + strings.ToUpper(credentialID) + "/rotate", "{}", 404, "CREDENTIAL_NOT_FOUND"},
 		{"revoke an id in upper case", v.bearer, "DELETE", list + "/" + strings.ToUpper(credentialID), "", 404, "CREDENTIAL_NOT_FOUND"},
 		{"revoke an id without hyphens", v.bearer, "DELETE", list + "/" + strings.ReplaceAll(credentialID, "-", ""), "", 404, "CREDENTIAL_NOT_FOUND"},
+		{"revoke by an escaped path", v.bearer, "DELETE", list + "/%41", "", 404, "NOT_FOUND"},
+		{"rotate by an escaped path", v.bearer, "POST", list + "/%41/rotate", "{}", 404, "NOT_FOUND"},
 		{"rotate another agent's", v.bearer, "POST", list + "/" + selfCredential + "/rotate", "{}", 404, "CREDENTIAL_NOT_FOUND"},
 		{"revoke another agent's", v.bearer, "DELETE", list + "/" + selfCredential, "", 404, "CREDENTIAL_NOT_FOUND"},
 

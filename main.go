@@ -837,6 +837,7 @@ func (s *server) fail(r *request, rt route, err error) (status int, code string,
 		slog.Error("request failed", "requestId", r.id, "route", rt.pattern, "error", err)
 		p = errUnavailable
 	}
+	r.out.Set("Cache-Control", "no-store")
 	if p.status == http.StatusServiceUnavailable {
 		r.out.Set("Retry-After", "1")
 	}
