@@ -399,6 +399,9 @@ var mayShow = map[string]string{
 
 // leakOf is a secret in an answer that should have none, or "".
 func leakOf(rt route, a answer, canary string) string {
+	if a.raw == string(openAPI) { // whose examples have tokens, of which half is left out
+		return ""
+	}
 	text := a.raw + fmt.Sprint(a.header)
 	if canary != "" && strings.Contains(text, canary) {
 		return canary
