@@ -29,15 +29,18 @@ import (
 
 // How long the steps of a rotation take here. An operator waits five minutes
 // before the next key signs, since the keys may be cached so long; jose, as it
-// is by default, needs half a minute, and the others less.
+// is by default, needs half a minute. keyfunc refreshes more often than the wait
+// is long, as README.md has it: by itself it fetches a key that it doesn't know
+// once in five minutes, and if two tokens ask for that at once refuses the second.
 const (
-	untilSigning = 32 * time.Second
-	rotationTTL  = 15 * time.Second
+	untilSigning   = 32 * time.Second
+	keyfuncRefresh = 25 * time.Second
+	rotationTTL    = 15 * time.Second
 )
 
 // rotateUnderLoad rotates the key by the steps of README.md, restarting two
-// copies one at a time, while tokens are issued and verified all the time. The
-// clients that verify are as they are by default, and started once.
+// copies one at a time, while tokens are issued and verified all the time, by
+// clients that are started once.
 func rotateUnderLoad(ctx context.Context, w *world, c client) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -236,7 +239,7 @@ type users struct {
 func (u *users) start(ctx context.Context, w *world) error {
 	keys := u.base + "/.well-known/jwks.json"
 	checks := oidc.NewVerifier(u.base, oidc.NewRemoteKeySet(ctx, keys), &oidc.Config{ClientID: resource})
-	set, err := keyfunc.NewDefaultCtx(ctx, []string{keys})
+	set, err := keyfunc.NewDefaultOverrideCtx(ctx, []string{keys}, keyfunc.Override{RefreshInterval: keyfuncRefresh})
 	if err != nil {
 		return err
 	}

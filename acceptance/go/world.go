@@ -292,9 +292,10 @@ func (w *world) token(ctx context.Context, who identity, form url.Values) (strin
 	return t.Token, err
 }
 
+// revoke wants JSON, as clients in other languages do.
 func (w *world) revoke(ctx context.Context, who identity, token string) error {
 	return call(ctx, "POST", w.base+"/api/v1/token/revoke", who.ID+":"+who.Secret,
-		"application/x-www-form-urlencoded", url.Values{"token": {token}}.Encode(), nil)
+		"application/x-www-form-urlencoded", url.Values{"token": {token}}.Encode(), &struct{}{})
 }
 
 // Tokens are one good token, and those that differ from it in one thing, which
