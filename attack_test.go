@@ -410,6 +410,10 @@ func TestServiceStartsOnlyOnTheSchemaThatMigrateApplied(t *testing.T) {
 	if _, err := command(t.Context(), nil, testLog, "migrate"); !refusedFor(err, "DATABASE_URL is missing") {
 		t.Errorf("migrate without a database = %v, want an error that names DATABASE_URL", err)
 	}
+	both := map[string]string{"DATABASE_URL": "postgres:///one", "DATABASE_URL_FILE": "/dev/null"}
+	if _, err := command(t.Context(), both, testLog, "migrate"); err == nil || !strings.Contains(err.Error(), "both set") {
+		t.Errorf("migrate with two databases = %v, want an error that says so", err)
+	}
 }
 
 // ask returns the one value of a query of the superuser.

@@ -468,6 +468,10 @@ func (s *server) verifyEvents(r *request) (any, error) {
 	if err := in.problem(); err != nil {
 		return nil, err
 	}
+	if !s.verifying.CompareAndSwap(false, true) { // each holds a connection for long
+		return nil, errBusy.because("Another report is being made by this copy; one at a time. Try again.")
+	}
+	defer s.verifying.Store(false)
 	report, err := verifyChain(r.Context(), s.db, from, verifiedAtOnce, s.oldestServed(), nil)
 	if err == nil {
 		err = s.seal(&report)

@@ -1322,3 +1322,19 @@ func publicPEMOf(t *testing.T, k *keyset) string {
 	}
 	return string(pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der}))
 }
+
+// A report takes long and holds a connection, so a copy makes one at a time.
+func TestReportsAreMadeOneAtATime(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	v.s.verifying.Store(true)
+	a := v.want(v.api(v.bearer, "GET", "/audit/verify", ""), 503, "SERVICE_UNAVAILABLE")
+	if a.header.Get("Retry-After") == "" {
+		t.Errorf("answered %v without Retry-After", a)
+	}
+	v.want(v.api(v.bearer, "GET", "/audit/verify?fromSeq=0", ""), 400, "VALIDATION_ERROR") // no report
+	v.s.verifying.Store(false)
+	for range 2 { // and each gives its place back
+		v.want(v.api(v.bearer, "GET", "/audit/verify", ""), 200, "")
+	}
+}

@@ -133,10 +133,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	default:
 		return fmt.Errorf("%q is no command, or not with these operands; -h lists them", args)
 	}
-	cfg, err := loadConfig(getenv)
-	if command == "migrate" && cfg.database != nil { // the owner need not have the signing key
-		cfg.redis, err = &redis.Options{}, nil
+	var needed []string // all
+	if command == "migrate" {
+		needed = []string{"DATABASE_URL", "LOG_LEVEL"} // the owner need not have the signing key
 	}
+	cfg, err := loadConfig(getenv, needed...)
 	if err != nil {
 		return err
 	}
@@ -214,8 +215,9 @@ var variables = []variable{
 	{"LOG_LEVEL", "info", "debug, info, warn or error"},
 }
 
-// loadConfig reports every fault at once, and repeats no value.
-func loadConfig(getenv func(string) string) (config, error) {
+// loadConfig reports every fault at once, of the variables that are needed, and
+// repeats no value.
+func loadConfig(getenv func(string) string, needed ...string) (config, error) {
 	env := readEnvironment(getenv)
 	cfg := config{
 		database:          setting(env, "DATABASE_URL", pgxpool.ParseConfig),
@@ -239,7 +241,7 @@ func loadConfig(getenv func(string) string) (config, error) {
 	}
 	var wrong []error
 	for _, v := range variables {
-		if fault := env.faults[v.name]; fault != nil {
+		if fault := env.faults[v.name]; fault != nil && (needed == nil || slices.Contains(needed, v.name)) {
 			wrong = append(wrong, fmt.Errorf("%s %s: %s", v.name, fault, v.about))
 		}
 	}
@@ -382,8 +384,8 @@ type server struct {
 	vault    *vault
 	recorder *recorder
 
-	postgresUp, redisUp, draining atomic.Bool
-	inFlight                      atomic.Int64
+	postgresUp, redisUp, draining, verifying atomic.Bool
+	inFlight                                 atomic.Int64
 }
 
 // open connects to both stores and sees to the schema. It waits for PostgreSQL
@@ -398,7 +400,10 @@ func open(ctx context.Context, cfg config) (*server, error) {
 	if err = errors.Join(dbErr, err); err != nil {
 		return nil, fmt.Errorf("opening the database: %w", err)
 	}
-	o := *cfg.redis
+	var o redis.Options
+	if cfg.redis != nil { // migrate has none
+		o = *cfg.redis
+	}
 	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, 4*redisTimeout
 	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
