@@ -103,9 +103,12 @@ func readCapabilities(value any) (list []string, err error) {
 		case slices.Contains(list, c):
 			err = fmt.Errorf("%q is there twice", clip(c))
 		}
+		if err != nil {
+			return nil, err
+		}
 		list = append(list, c)
 	}
-	return list, err
+	return list, nil
 }
 
 // A registration has all that an agent can have, but the status.

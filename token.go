@@ -158,7 +158,7 @@ func grantScope(asked string, capabilities []string) (string, error) {
 		}
 	}
 	if granted == nil {
-		return "", errScope.because("Of '" + clip(asked) + "' none is among the agent's capabilities: " + clip(strings.Join(capabilities, " ")) + ".")
+		return "", errScope.because("Of '" + clip(asked) + "' none is among the agent's capabilities: " + clip(strings.Join(capabilities, " ")) + ". Scopes are separated by spaces.")
 	}
 	return strings.Join(granted, " "), nil
 }
