@@ -88,6 +88,7 @@ var email = matching("must be an e-mail address of at most 255 characters", func
 	return len(s) <= 255 && emailPattern.MatchString(s)
 })
 
+// readCapabilities names the first that is wrong.
 func readCapabilities(value any) (list []string, err error) {
 	values, ok := value.([]any)
 	if !ok || len(values) < 1 || len(values) > 64 {
@@ -157,7 +158,7 @@ func (s *server) createAgent(r *request) (any, error) {
 		return nil, err
 	}
 	var a agent
-	err = s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
+	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
 		if err := s.checkAgentLimit(ctx, tx); err != nil {
 			return event{}, err
 		}
@@ -214,7 +215,7 @@ func (s *server) decommissionAgent(r *request) (any, error) {
 // changeAgent is every change of an agent, its end too.
 func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 	id := r.PathValue("agentId")
-	err = s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
+	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
 		old, err := loadAgent(ctx, tx, id, forUpdate)
 		if err != nil {
 			return event{}, err
@@ -241,19 +242,19 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 		if err != nil {
 			return event{}, err
 		}
-		did, err := applyStatus(ctx, tx, old.Status, a)
+		did, err := tx.applyStatus(ctx, old.Status, a)
 		return newEvent(did, id, facts{"changes": q}), err
 	})
 	return a, err
 }
 
 // applyStatus does what a change of status entails, and names it.
-func applyStatus(ctx context.Context, tx pgx.Tx, old string, a agent) (did string, err error) {
+func (tx *change) applyStatus(ctx context.Context, old string, a agent) (did string, err error) {
 	switch {
 	case a.Status == old:
 		return agentUpdated, nil
 	case a.Status == "active":
-		return agentReactivated, lift(ctx, tx, a.AgentID)
+		return agentReactivated, tx.lift(ctx, a.AgentID)
 	case a.Status == "suspended":
 		did = agentSuspended
 	default:
@@ -261,7 +262,7 @@ func applyStatus(ctx context.Context, tx pgx.Tx, old string, a agent) (did strin
 		err = execSQL(ctx, tx, "revoking an agent's credentials", revokeCredentials+`client_id = $1 and status = 'active'`, a.AgentID)
 	}
 	if err == nil {
-		_, err = revoke(ctx, tx, "agent", a.AgentID, lastExpiry())
+		_, err = tx.revoke(ctx, "agent", a.AgentID, lastExpiry())
 	}
 	return did, err
 }
@@ -331,7 +332,7 @@ func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer
 	}
 	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: newID()}
 	var a agent
-	err = s.change(operator, func(ctx context.Context, tx pgx.Tx) (event, error) {
+	err = s.change(operator, func(ctx context.Context, tx *change) (event, error) {
 		if err := execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
 			return event{}, err
 		}

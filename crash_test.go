@@ -744,7 +744,7 @@ func TestWhatWasAcknowledgedOutlivesKilledStores(t *testing.T) {
 	for i := range rounds(6, 40) {
 		time.Sleep(time.Duration(200+rand.IntN(400)) * time.Millisecond)
 		if i%3 != 1 {
-			database.crash()
+			database.kill()
 		}
 		if i%3 != 0 {
 			store.kill()
@@ -1111,21 +1111,6 @@ func TestWhatHasBegunIsFinished(t *testing.T) {
 	}
 }
 
-// crash is kill -9 of a PostgreSQL, which returns when all of it is gone: it
-// must not start a process meanwhile, and does not start again beside one.
-func (p *postgresServer) crash() {
-	p.t.Helper()
-	p.cmd.Process.Signal(syscall.SIGSTOP)
-	family := p.family()
-	p.kill()
-	(&service{t: p.t}).eventually("all of PostgreSQL is gone", func() bool {
-		return !slices.ContainsFunc(family, func(pid int) bool {
-			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-			return err == nil && !strings.Contains(string(stat), ") Z ")
-		})
-	})
-}
-
 // follow makes p, whatever it was, a standby of this primary, whose commits
 // wait for it from then on.
 func (p *postgresServer) follow(primary *postgresServer) {
@@ -1180,10 +1165,10 @@ func TestWhatWasAcknowledgedOutlivesAFailOver(t *testing.T) {
 		time.Sleep(time.Duration(500+rand.IntN(500)) * time.Millisecond)
 		l.checkpoint(p.service)
 		if i%3 == 1 { // the standby is away first, and so nothing is acknowledged any more
-			standby.crash()
+			standby.kill()
 			time.Sleep(300 * time.Millisecond)
 		}
-		primary.crash()
+		primary.kill()
 		if i%3 == 1 {
 			standby.start()
 		}

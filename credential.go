@@ -171,7 +171,7 @@ func (s *server) rotateCredential(r *request) (any, error) {
 
 // giveSecret stores a new secret with store and answers with it.
 func (s *server) giveSecret(r *request, credentialID, did string,
-	store func(context.Context, pgx.Tx, secretRow) (credential, error)) (any, error) {
+	store func(context.Context, *change, secretRow) (credential, error)) (any, error) {
 	expires, err := decode(r, (*inputs).expiry)
 	if err != nil {
 		return nil, err
@@ -182,7 +182,7 @@ func (s *server) giveSecret(r *request, credentialID, did string,
 		return nil, err
 	}
 	var c credential
-	err = s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
+	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
 		if err := lockManaged(ctx, tx, r, agentID, "active"); err != nil {
 			return event{}, err
 		}
@@ -196,7 +196,7 @@ func (s *server) giveSecret(r *request, credentialID, did string,
 // the caller may not, or the agent is in none of these states. An agent may
 // change its own by credentials:write. Else it is as for any change of the
 // agent, since a credential is all that the agent may do.
-func lockManaged(ctx context.Context, tx pgx.Tx, r *request, agentID string, states ...string) error {
+func lockManaged(ctx context.Context, tx *change, r *request, agentID string, states ...string) error {
 	a, err := loadAgent(ctx, tx, agentID, forUpdate)
 	if err != nil {
 		return err
@@ -234,7 +234,7 @@ const revokeCredentials = `
 
 func (s *server) revokeCredential(r *request) (any, error) {
 	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
-	return nil, s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
+	return nil, s.change(r, func(ctx context.Context, tx *change) (event, error) {
 		err := lockManaged(ctx, tx, r, agentID, statuses...)
 		if err == nil {
 			_, err = loadSecretID(ctx, tx, agentID, credentialID)
@@ -243,7 +243,7 @@ func (s *server) revokeCredential(r *request) (any, error) {
 			err = execSQL(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
 		}
 		if err == nil {
-			_, err = revoke(ctx, tx, "credential", credentialID, lastExpiry())
+			_, err = tx.revoke(ctx, "credential", credentialID, lastExpiry())
 		}
 		return newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID}), err
 	})
@@ -257,7 +257,7 @@ type secretRow struct {
 	expiresAt                      *time.Time
 }
 
-func insertCredential(ctx context.Context, tx pgx.Tx, row secretRow) (credential, error) {
+func insertCredential(ctx context.Context, tx *change, row secretRow) (credential, error) {
 	return one[credential](ctx, tx, nil, "storing credential", `
 		insert into credentials (credential_id, client_id, secret_prefix, secret_hash, secret_id, expires_at)
 		values ($1, $2, $3, $4, $5, date_trunc('milliseconds', $6::timestamptz))
@@ -267,7 +267,7 @@ func insertCredential(ctx context.Context, tx pgx.Tx, row secretRow) (credential
 
 // replaceSecret gives a credential a new secret and expiry, and revokes the
 // tokens that the old secret was traded for.
-func replaceSecret(ctx context.Context, tx pgx.Tx, row secretRow) (credential, error) {
+func replaceSecret(ctx context.Context, tx *change, row secretRow) (credential, error) {
 	old, err := loadSecretID(ctx, tx, row.clientID, row.credentialID)
 	if err != nil {
 		return credential{}, err
@@ -279,7 +279,7 @@ func replaceSecret(ctx context.Context, tx pgx.Tx, row secretRow) (credential, e
 		returning `+credentialColumns,
 		row.credentialID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
 	if err == nil {
-		_, err = revoke(ctx, tx, "secret", old, lastExpiry())
+		_, err = tx.revoke(ctx, "secret", old, lastExpiry())
 	}
 	return c, err
 }

@@ -644,7 +644,8 @@ func (s *server) front() http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, refusal := r.URL.EscapedPath(), headerOnly{}
 		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
-		// Go reads on after a body that a proxy may have measured otherwise (RFC 9112, section 6.1).
+		// Go reads on after a body that a proxy may have measured otherwise (RFC 9112, section 6.1), and
+		// of HTTP/1.0 doesn't even say that there was a Transfer-Encoding.
 		if r.TransferEncoding != nil || !r.ProtoAtLeast(1, 1) {
 			w.Header().Set("Connection", "close")
 		}
@@ -1097,11 +1098,18 @@ func list[T any](ctx context.Context, db querier, part span, args pgx.NamedArgs,
 	return p, more, nil
 }
 
+// A change is a transaction that changes something.
+type change struct {
+	pgx.Tx
+	revokes bool // set by revoke and lift: Redis is to know before it is acknowledged
+}
+
 // change does something and records it in one transaction, and returns when
 // what it revoked is refused by every copy. An event without an action is none.
-func (s *server) change(r *request, do func(context.Context, pgx.Tx) (event, error)) error {
-	ctx := r.Context()
-	err := transact(ctx, s.db, func(tx pgx.Tx) error {
+func (s *server) change(r *request, do func(context.Context, *change) (event, error)) error {
+	ctx, tx := r.Context(), &change{}
+	err := transact(ctx, s.db, func(begun pgx.Tx) error {
+		tx.Tx = begun
 		e, err := do(ctx, tx)
 		if err != nil || e.Action == "" {
 			return err
@@ -1111,7 +1119,7 @@ func (s *server) change(r *request, do func(context.Context, pgx.Tx) (event, err
 		}
 		return appendEvents(ctx, tx, []event{e})
 	})
-	if err == nil {
+	if err == nil && tx.revokes {
 		s.publish(ctx)
 	}
 	return err

@@ -11,6 +11,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -244,6 +245,21 @@ func (p *postgresServer) launch() {
 		args = append(args, "-c", setting)
 	}
 	p.process = p.run("postgres", args...)
+}
+
+// kill is kill -9 of all of it, and returns when it is gone: it must not start a
+// process meanwhile, and doesn't start again beside one.
+func (p *postgresServer) kill() {
+	p.t.Helper()
+	p.cmd.Process.Signal(syscall.SIGSTOP)
+	family := p.family()
+	p.process.kill()
+	(&service{t: p.t}).eventually("all of PostgreSQL is gone", func() bool {
+		return !slices.ContainsFunc(family, func(pid int) bool {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			return err == nil && !strings.Contains(string(stat), ") Z ")
+		})
+	})
 }
 
 func (p *postgresServer) wait() {

@@ -392,6 +392,27 @@ func TestRevocationThatMissesRedisIsRefusedEverywhere(t *testing.T) {
 	})
 }
 
+// Only who revokes waits for that to be known. While Redis is away, what waits
+// there to be sent holds up no other change.
+func TestOtherChangesDoNotWaitForRevocations(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"REDIS_URL": newRedis(t)}
+	proxy := proxyRedis(t, env)
+	v := newService(t, "REDIS_URL", env["REDIS_URL"])
+	id := v.newAgent("resumes:read")
+	proxy.set(refusing)
+	took := func(what func() answer) time.Duration {
+		begun := time.Now()
+		v.want(what(), 200, "")
+		return time.Since(begun)
+	}
+	revoking := took(func() answer { return v.bearerForm(v.bearer, "/revoke", "token="+v.mint(id, newID())) })
+	other := took(func() answer { return v.api(v.bearer, "PATCH", "/agents/"+id, `{"owner":"other"}`) })
+	if revoking < lease || other > revoking/2 {
+		t.Errorf("without Redis, a revocation takes %s and another change %s, want %s and much less", revoking, other, lease)
+	}
+}
+
 // Not parallel: it counts lines of the log, which is everybody's.
 func TestServiceDoesWithoutRedis(t *testing.T) {
 	const limit, quota = 50, 30

@@ -266,8 +266,8 @@ func (s *server) revokeToken(r *request) (any, error) {
 	if c.Subject != r.caller.agentID && !r.caller.has(agentsWrite) {
 		return nil, s.refused(r, e, errForm.because("This token was issued to another client; to revoke it takes the scope agents:write."))
 	}
-	return struct{}{}, s.change(r, func(ctx context.Context, tx pgx.Tx) (event, error) {
-		fresh, err := revoke(ctx, tx, "token", c.ID, time.Unix(c.Expires, 0).Add(time.Hour))
+	return struct{}{}, s.change(r, func(ctx context.Context, tx *change) (event, error) {
+		fresh, err := tx.revoke(ctx, "token", c.ID, time.Unix(c.Expires, 0).Add(time.Hour))
 		if !fresh {
 			return event{}, err // revoked before: nothing happens that would be an event
 		}
@@ -304,7 +304,8 @@ type revocation struct {
 
 // revoke is part of a change: what bears this id is refused from the answer
 // on. Fresh is false where it was revoked already.
-func revoke(ctx context.Context, tx pgx.Tx, kind, id string, expires time.Time) (fresh bool, err error) {
+func (tx *change) revoke(ctx context.Context, kind, id string, expires time.Time) (fresh bool, err error) {
+	tx.revokes = true
 	err = tx.QueryRow(ctx, `
 		insert into token_revocations as old (id, kind, expires_at)
 		values ($1, $2, $3)
@@ -320,7 +321,8 @@ func revoke(ctx context.Context, tx pgx.Tx, kind, id string, expires time.Time) 
 }
 
 // lift is part of a change: what was revoked counts again.
-func lift(ctx context.Context, tx pgx.Tx, id string) error {
+func (tx *change) lift(ctx context.Context, id string) error {
+	tx.revokes = true
 	return execSQL(ctx, tx, "lifting a revocation", `
 		update token_revocations
 		set lifted = true, in_redis = false, revision = default

@@ -170,7 +170,13 @@ func (c client) protects(ctx context.Context, w *world, p *process, url string, 
 		c.checked("has tokens", err)
 		return
 	}
-	c.guards(t, abilities{types: asks, revocations: asks}, func(token string) (int, error) {
+	c.guards(t, abilities{types: asks, revocations: asks}, askWith(ctx, url))
+}
+
+// askWith asks a resource server with a token, "" for none, and returns the
+// status of its answer.
+func askWith(ctx context.Context, url string) func(token string) (int, error) {
+	return func(token string) (int, error) {
 		r, err := http.NewRequestWithContext(ctx, "GET", url, nil)
 		if err != nil {
 			return 0, err
@@ -184,7 +190,7 @@ func (c client) protects(ctx context.Context, w *world, p *process, url string, 
 		}
 		answer.Body.Close()
 		return answer.StatusCode, nil
-	})
+	}
 }
 
 // program finds a program that may be where only root looks.

@@ -230,21 +230,7 @@ func (c client) examples(ctx context.Context, w *world, build func(string, func(
 			c.checked("has tokens", err)
 			return
 		}
-		client{c.report, c.name + ", service"}.guards(t, abilities{types: true}, func(token string) (int, error) {
-			r, err := http.NewRequestWithContext(ctx, "GET", url+"/resumes", nil)
-			if err != nil {
-				return 0, err
-			}
-			if token != "" {
-				r.Header.Set("Authorization", "Bearer "+token)
-			}
-			answer, err := http.DefaultClient.Do(r)
-			if err != nil {
-				return 0, err
-			}
-			answer.Body.Close()
-			return answer.StatusCode, nil
-		})
+		client{c.report, c.name + ", service"}.guards(t, abilities{types: true}, askWith(ctx, url+"/resumes"))
 	}
 
 	// What to do on 401, 429 and 503, with the service behind a proxy that is
