@@ -50,6 +50,7 @@ if limit > 0 then
 	end
 end
 local used = quota > 0 and tonumber(redis.call('GET', KEYS[2]) or seed) or 0
+if used < 0 and seed >= 0 then used = math.max(-used, seed) end -- a counter in doubt (token.go)
 if used < 0 then return {'uncounted'} end
 if limit > 0 then
 	current = redis.call('INCR', key .. window)
@@ -61,9 +62,10 @@ if quota > 0 then
 end
 return {'admitted', previous, current, now}`)
 
-// giveBackScript takes back one count, unless its window is over.
+// giveBackScript takes back one count, unless its window is over or it is in
+// doubt.
 var giveBackScript = redis.NewScript(`
-if redis.call('EXISTS', KEYS[1]) == 1 then redis.call('DECR', KEYS[1]) end
+if tonumber(redis.call('GET', KEYS[1]) or 0) > 0 then redis.call('DECR', KEYS[1]) end
 return {}`)
 
 // redisTimeout is the longest that a call waits for Redis, once for each of

@@ -511,6 +511,7 @@ func TestFlushGivesNobodyAFreshQuota(t *testing.T) {
 	if err := v.rdb.FlushDB(t.Context()).Err(); err != nil {
 		t.Fatal(err)
 	}
+	// And the warm-up that follows may come at any moment of these.
 	got := atOnce(2*quota, func(int) answer { return v.form(id, secret, "", "grant_type=client_credentials") })
 	if got[200] != 2 || got[403] != 2*quota-2 {
 		t.Errorf("with 2 tokens left and Redis flushed, %d requests at once = %v, want 2 tokens", 2*quota, got)
@@ -534,6 +535,47 @@ func TestFlushGivesNobodyAFreshQuota(t *testing.T) {
 		v.token(other, otherSecret, "")
 	}
 	v.want(v.form(other, otherSecret, "", "grant_type=client_credentials"), 403, "unauthorized_client")
+}
+
+// Tokens that are being issued are not in the audit log yet when a warm-up has
+// the quotas counted anew.
+func TestWarmUpForgetsNoTokenOnItsWay(t *testing.T) {
+	t.Parallel()
+	const quota = 3
+	v := newService(t, "MONTHLY_TOKEN_LIMIT", fmt.Sprint(quota))
+	id, secret := v.newClient("resumes:read")
+	v.token(id, secret, "")
+	lock, err := v.db.Begin(t.Context())
+	if err == nil {
+		_, err = lock.Exec(t.Context(), `select pg_advisory_xact_lock($1)`, chainLock) // nothing can be recorded
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := v.rdb.FlushDB(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	statuses := make(chan int, quota)
+	for n := 2; n <= quota; n++ {
+		go func() { statuses <- v.form(id, secret, "", "grant_type=client_credentials").status }()
+		v.eventually("the token is counted", func() bool {
+			used, _ := v.rdb.Get(context.Background(), quotaKey(id)).Int()
+			return used == n || used == -n // by now in doubt
+		})
+	}
+	v.eventually("Redis is trusted again", func() bool { return trusted(t, v.rdb) })
+	go func() { statuses <- v.form(id, secret, "", "grant_type=client_credentials").status }()
+	time.Sleep(200 * time.Millisecond) // so that it asks before the others are recorded
+	if err := lock.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	got := map[int]int{}
+	for range quota {
+		got[<-statuses]++
+	}
+	if got[200] != quota-1 || got[403] != 1 {
+		t.Errorf("with %d tokens left and one request more, there came %v", quota-1, got)
+	}
 }
 
 func TestMonthsAreThoseOfUTC(t *testing.T) {

@@ -407,7 +407,7 @@ func (s *server) keepWarm(ctx context.Context) error {
 		err = errEvicts
 	} else if cold {
 		slog.Info("warming redis up")
-		err = errors.Join(s.forgetQuotas(ctx), s.copyRevocations(ctx, s.inner, true))
+		err = errors.Join(s.doubtQuotas(ctx), s.copyRevocations(ctx, s.inner, true))
 	}
 	if err == nil && cold { // from here on, what Redis lacks is not in_redis
 		state, err = s.redis.run(ctx, leaseScript, keys, "go on")
@@ -423,13 +423,20 @@ func (s *server) keepWarm(ctx context.Context) error {
 	return err
 }
 
-// forgetQuotas makes the monthly counters be counted anew, from the audit log:
-// a Redis that isn't warm may have lost some of what they counted.
-func (s *server) forgetQuotas(ctx context.Context) error {
+// doubtScript marks a counter as too low, perhaps, or deletes it if it is 0.
+var doubtScript = redis.NewScript(`
+local used = tonumber(redis.call('GET', KEYS[1]) or 0)
+if used > 0 then redis.call('SET', KEYS[1], -used, 'KEEPTTL') elseif used == 0 then redis.call('DEL', KEYS[1]) end
+return {}`)
+
+// doubtQuotas makes the monthly counters be counted anew, from the audit log: a
+// Redis that isn't warm may have lost some of what they counted. What they have
+// is kept as the least, since the log lacks what is being issued meanwhile.
+func (s *server) doubtQuotas(ctx context.Context) error {
 	keys := s.redis.Scan(ctx, 0, "monthly:*", 1000).Iterator()
 	for keys.Next(ctx) {
-		if err := s.redis.Unlink(ctx, keys.Val()).Err(); err != nil {
-			return fmt.Errorf("%w: forgetting quotas: %w", errNoRedis, err)
+		if _, err := s.redis.run(ctx, doubtScript, []string{keys.Val()}); err != nil {
+			return fmt.Errorf("doubting quotas: %w", err)
 		}
 	}
 	if err := keys.Err(); err != nil {
