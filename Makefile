@@ -1,7 +1,6 @@
 GO = go
-BENCH = .
+BENCH =
 CLIENTS =
-BENCHTIME = 2s
 FUZZTIME = 30s
 TESTFLAGS =
 ANSWERS = $(CURDIR)/answers.jsonl
@@ -42,9 +41,8 @@ soak: gcc ## run all tests at their full length, then each fuzz target (FUZZTIME
 acceptance: ## drive the program with clients that others wrote, by npm and apt too (CLIENTS='nginx jose' for some)
 	@exec $(call tied,TERM) ./acceptance/run.sh $(CLIENTS)
 
-bench: ## run the benchmarks, on servers that write to disk (BENCH=regexp BENCHTIME=2s)
-	@$(services) --durable $(for_tests) $(go_test) -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -timeout 30m \
-		$(TESTFLAGS) .
+bench: ## measure the service under load, on servers that write to disk (BENCH='-only Token -time 5'; -h lists these)
+	@$(services) --durable $(for_tests) $(GO) run ./bench $(BENCH)
 
 fuzz: ## run each fuzz target for FUZZTIME=30s
 	@$(services) $(for_tests) sh -ec 'for f in $$($(GO) test -list ^Fuzz . | grep ^Fuzz); do \
