@@ -12,13 +12,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -132,11 +130,19 @@ func (e *event) sum() digest {
 // appendEvents links events to the end of the chain. It holds the lock of the
 // chain until tx ends, so any number of copies write one chain, and it is the
 // last that a transaction does: whoever holds the lock waits for nothing.
-func appendEvents(ctx context.Context, tx pgx.Tx, events []event) error {
+// Whole is for a connection without a transaction: it is one by itself.
+func appendEvents(ctx context.Context, tx interface {
+	SendBatch(context.Context, *pgx.Batch) pgx.BatchResults
+}, events []event, whole bool) error {
 	last, now := event{PrevHash: make(digest, sha256.Size)}, moment{}
-	head := &pgx.Batch{}
-	// The time-out is for a copy that stops for good while it holds the lock.
-	head.Queue(`select pg_advisory_xact_lock($1), set_config('idle_in_transaction_session_timeout', '5s', true)`, chainLock)
+	head, tail := &pgx.Batch{}, &pgx.Batch{}
+	if whole {
+		head.Queue(`begin isolation level read committed`)
+	}
+	// The time-out is for a copy that stops for good while it holds the lock. Planning costs more than it gains.
+	head.Queue(`
+		select pg_advisory_xact_lock($1), set_config('idle_in_transaction_session_timeout', '5s', true),
+			set_config('plan_cache_mode', 'force_generic_plan', true)`, chainLock)
 	head.Queue(`
 		select coalesce(max(seq), 0), date_trunc('milliseconds', clock_timestamp()), coalesce((array_agg(hash))[1], $1)
 		from (select seq, hash from audit_events order by seq desc limit 1) as head`, last.PrevHash).
@@ -144,86 +150,64 @@ func appendEvents(ctx context.Context, tx pgx.Tx, events []event) error {
 	if err := tx.SendBatch(ctx, head).Close(); err != nil {
 		return fmt.Errorf("loading the head of the chain: %w", err)
 	}
-	batch := &pgx.Batch{}
+	var rows struct {
+		ids, actions, outcomes, addresses, userAgents, metadata []string
+		seqs                                                    []int64
+		agents, actors                                          []*string
+		prevHashes, hashes                                      [][]byte
+	}
 	for _, e := range events {
-		e.EventID, e.Seq, e.Timestamp, e.PrevHash = newID(), last.Seq+1, now, last.Hash
+		e.EventID, e.Seq, e.Timestamp, e.PrevHash = eventID(last.Seq+1, now), last.Seq+1, now, last.Hash
 		e.Hash = e.sum()
-		batch.Queue(`
-			insert into audit_events (`+eventColumns+`)
-			values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)`,
-			e.EventID, e.Seq, e.AgentID, e.ActorID, e.Action, e.Outcome, e.IPAddress, e.UserAgent,
-			string(e.Metadata), e.Timestamp.Time, e.PrevHash, e.Hash).Exec(func(tag pgconn.CommandTag) error {
-			if tag.RowsAffected() != 1 { // a rule or a trigger of the tables' owner has swallowed it
-				return errors.New("the database took an event and did not store it")
-			}
-			return nil
-		})
+		rows.ids, rows.seqs = append(rows.ids, e.EventID), append(rows.seqs, e.Seq)
+		rows.agents, rows.actors = append(rows.agents, e.AgentID), append(rows.actors, e.ActorID)
+		rows.actions, rows.outcomes = append(rows.actions, e.Action), append(rows.outcomes, e.Outcome)
+		rows.addresses, rows.userAgents = append(rows.addresses, e.IPAddress), append(rows.userAgents, e.UserAgent)
+		rows.metadata = append(rows.metadata, string(e.Metadata))
+		rows.prevHashes, rows.hashes = append(rows.prevHashes, e.PrevHash), append(rows.hashes, e.Hash)
 		last = e
 	}
-	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
+	// It divides by zero where a rule or a trigger of the tables' owner has swallowed one, and a transaction
+	// in which something failed does not commit.
+	tail.Queue(`
+		with stored as (
+			insert into audit_events (`+eventColumns+`)
+			select event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent, metadata::json, $10, prev_hash, hash
+			from unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[],
+				$11::bytea[], $12::bytea[]) as event (event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent,
+				metadata, prev_hash, hash)
+			returning 1)
+		select 1 / (count(*) = cardinality($1))::int
+		from stored`,
+		rows.ids, rows.seqs, rows.agents, rows.actors, rows.actions, rows.outcomes, rows.addresses, rows.userAgents, rows.metadata,
+		now.Time, rows.prevHashes, rows.hashes)
+	if whole {
+		tail.Queue(`commit`)
+	}
+	if err := tx.SendBatch(ctx, tail).Close(); err != nil {
 		return fmt.Errorf("appending to the audit log: %w", err)
 	}
 	return nil
 }
 
-// A recorder stores the events of concurrent requests in shared transactions:
-// while one commits, the next one fills. An event that finds nobody waiting is
-// stored at once.
-type recorder struct {
-	db    *pgxpool.Pool // not shared with requests, which wait for it
-	queue chan entry
-	done  chan struct{}
-}
-
-type entry struct {
-	event  event
-	wanted context.Context // until its request has given up
-	stored chan error
-}
-
-const (
-	queueSize = 1024 // events that may wait; more are refused
-	batchSize = 256
-)
-
-func newRecorder(db *pgxpool.Pool) *recorder {
-	rec := &recorder{db: db, queue: make(chan entry, queueSize), done: make(chan struct{})}
-	go rec.run()
-	return rec
-}
-
-// close stores what is queued. The caller must have stopped all that records.
-func (rec *recorder) close() {
-	close(rec.queue)
-	<-rec.done
-}
-
-func (rec *recorder) run() {
-	defer close(rec.done)
-	for first := range rec.queue {
-		batch := []entry{first}
-		for len(batch) < batchSize && len(rec.queue) > 0 {
-			batch = append(batch, <-rec.queue)
+// storeEvents stores the events of concurrent requests in one transaction.
+func storeEvents(db *pgxpool.Pool) func([]*question[event, bool]) {
+	return func(batch []*question[event, bool]) {
+		ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+		defer cancel()
+		events := make([]event, len(batch))
+		for i, q := range batch {
+			events[i] = q.asked
 		}
-		batch = slices.DeleteFunc(batch, func(e entry) bool { return e.wanted.Err() != nil })
-		err := rec.store(batch)
-		for _, e := range batch {
-			e.stored <- err
+		conn, err := db.Acquire(ctx)
+		if err == nil {
+			err = appendEvents(ctx, conn, events, true)
+			conn.Release() // closes it where the transaction is open
+		}
+		for _, q := range batch {
+			q.answer, q.err = err == nil, err
 		}
 	}
-}
-
-func (rec *recorder) store(batch []entry) error {
-	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
-	defer cancel()
-	if len(batch) == 0 {
-		return nil
-	}
-	events := make([]event, len(batch))
-	for i, e := range batch {
-		events[i] = e.event
-	}
-	return transact(ctx, rec.db, func(tx pgx.Tx) error { return appendEvents(ctx, tx, events) })
 }
 
 // record hands an event over and returns the function that waits until it is
@@ -234,19 +218,10 @@ func (s *server) record(r *request, e event) func() error {
 	if err != nil {
 		return func() error { return fmt.Errorf("encoding an event: %w", err) }
 	}
-	stored := make(chan error, 1)
-	select {
-	case s.recorder.queue <- entry{e, r.Context(), stored}:
-		return func() error {
-			select {
-			case err := <-stored:
-				return err
-			case <-r.Context().Done():
-				return fmt.Errorf("waiting for the audit log: %w", r.Context().Err())
-			}
-		}
-	default:
-		return func() error { return errors.New("the queue of the audit log is full") }
+	stored := s.recorder.put(r.Context(), e)
+	return func() error {
+		_, err := stored.wait()
+		return err
 	}
 }
 
@@ -342,15 +317,24 @@ func (s *server) openCursor(cursor string) (seq int64, err error) {
 	return int64(binary.BigEndian.Uint64(b)), nil
 }
 
+// eventID makes the id of an event, which tells where in the log it is: a UUID
+// of version 7 with the event's time, and its seq in place of random bits.
+func eventID(seq int64, at moment) string {
+	return idOf(at.Time, [10]byte(binary.BigEndian.AppendUint64([]byte{0, 0}, uint64(seq))))
+}
+
 func (s *server) getEvent(r *request) (any, error) {
 	id := r.PathValue("eventId")
 	if !isID(id) {
 		return nil, errNoEvent
 	}
+	place, _ := hex.DecodeString(strings.ReplaceAll(id, "-", ""))
+	seq := binary.BigEndian.Uint64(place[8:]) & (1<<62 - 1)
+	at := time.UnixMilli(int64(binary.BigEndian.Uint64(place) >> 16))
 	return one[event](r.Context(), s.db, errNoEvent, "loading event", `
 		select `+eventColumns+`
 		from audit_events
-		where event_id = $1 and "timestamp" >= $2`, id, s.oldestServed())
+		where event_id = $1 and seq = $2 and "timestamp" = $3 and "timestamp" >= $4`, id, int64(seq), at, s.oldestServed())
 }
 
 // A checkpoint says what the head of the chain was. Signed and kept elsewhere,

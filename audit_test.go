@@ -80,12 +80,13 @@ const millis = "2006-01-02T15:04:05.000Z"
 func forgeEvent(chain []servedEvent, at time.Time, action string) servedEvent {
 	agentID := newID()
 	e := servedEvent{
-		EventID: newID(), Seq: 1, AgentID: &agentID, Action: action, Outcome: "success", IPAddress: "::1", UserAgent: "forged",
+		Seq: 1, AgentID: &agentID, Action: action, Outcome: "success", IPAddress: "::1", UserAgent: "forged",
 		Metadata: json.RawMessage(`{"requestId":"forged"}`), Timestamp: at.UTC().Format(millis), PrevHash: firstPrevHash,
 	}
 	if n := len(chain); n > 0 {
 		e.Seq, e.PrevHash = chain[n-1].Seq+1, chain[n-1].Hash
 	}
+	e.EventID = eventID(e.Seq, moment{at})
 	e.Hash = e.documentedHash()
 	return e
 }
@@ -1221,6 +1222,55 @@ func TestConcurrentEventsShareTransactions(t *testing.T) {
 		t.Errorf("%d events at the same time took %d transactions, want them shared", n, got)
 	}
 	v.checkChain()
+}
+
+// What is asked while others are served is served together, in order, but not
+// without bound, and not for who has given up.
+func TestQueueServesTogether(t *testing.T) {
+	t.Parallel()
+	var batches [][]int
+	begun, going := make(chan bool), make(chan bool)
+	q := newQueue(func(batch []*question[int, int]) {
+		var asked []int
+		for _, x := range batch {
+			asked = append(asked, x.asked)
+			x.answer = 2 * x.asked
+		}
+		batches = append(batches, asked)
+		begun <- true
+		<-going
+	})
+	first := q.put(t.Context(), 1)
+	<-begun // and is under way
+	gone, giveUp := context.WithCancel(t.Context())
+	late := q.put(gone, 2)
+	giveUp()
+	var more []*question[int, int]
+	for i := range queueSize - 1 {
+		more = append(more, q.put(t.Context(), i+3))
+	}
+	if _, err := q.put(t.Context(), 0).wait(); err == nil {
+		t.Error("a full queue takes one more")
+	}
+	if _, err := late.wait(); !errors.Is(err, context.Canceled) {
+		t.Errorf("who has given up gets %v, want that it has", err)
+	}
+	go func() {
+		for range begun {
+			going <- true
+		}
+	}()
+	going <- true
+	q.close() // serves all of them
+	close(begun)
+	for i, x := range append([]*question[int, int]{first}, more...) {
+		if answer, err := x.wait(); answer != 2*x.asked || err != nil {
+			t.Errorf("question %d is answered %d, %v", i, answer, err)
+		}
+	}
+	if len(batches) != 1+queueSize/batchSize || len(batches[1]) != batchSize-1 || !slices.IsSorted(slices.Concat(batches...)) {
+		t.Errorf("%d batches, the second with %d, want %d with %d, in order", len(batches), len(batches[1]), 1+queueSize/batchSize, batchSize-1)
+	}
 }
 
 // lockChain takes the lock of the chain as another copy that is stuck would.

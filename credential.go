@@ -17,10 +17,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/crypto/bcrypt"
 )
 
@@ -51,20 +51,15 @@ func (s secret) prefix() string { return string(s[8:24]) }
 func (s secret) wellFormed() bool { return secretPattern.MatchString(string(s)) }
 
 // A vault compares secrets with their hashes. Bcrypt of a random secret
-// protects nothing the second time, so it remembers what it has compared: a
-// memo of a pure function, in which nothing has to be invalidated.
+// protects nothing the second time, so it remembers what it has compared.
 type vault struct {
 	slots chan struct{} // bcrypt runs in as many goroutines at once
 	key   [32]byte      // makes the memo's keys worthless elsewhere
-
-	mu   sync.Mutex
-	memo map[[32]byte]struct{} // of at most memoSize
+	right memo[struct{}]
 }
 
-const memoSize = 1 << 16
-
 func newVault() *vault {
-	v := &vault{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)), memo: map[[32]byte]struct{}{}}
+	v := &vault{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))}
 	rand.Read(v.key[:])
 	return v
 }
@@ -86,7 +81,7 @@ func (v *vault) compare(ctx context.Context, hash string, s secret) (right bool,
 		return nil
 	})
 	if right {
-		v.remember(v.memoKey(hash, s))
+		v.right.put(v.memoKey(hash, s), struct{}{})
 	}
 	return right, err
 }
@@ -104,22 +99,8 @@ func (v *vault) slowly(ctx context.Context, do func() error) error {
 
 // known tells whether compare has found before that hash is that of s.
 func (v *vault) known(hash string, s secret) bool {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	_, ok := v.memo[v.memoKey(hash, s)]
+	_, ok := v.right.get(v.memoKey(hash, s))
 	return ok
-}
-
-func (v *vault) remember(key [32]byte) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	for old := range v.memo { // Go begins anywhere
-		if len(v.memo) < memoSize {
-			break
-		}
-		delete(v.memo, old)
-	}
-	v.memo[key] = struct{}{}
 }
 
 func (v *vault) memoKey(hash string, s secret) (key [32]byte) {
@@ -321,7 +302,7 @@ func (s *server) authenticateClient(r *request) error {
 	}
 	var o secretOwner
 	if isID(id) && plain.wellFormed() {
-		if o, err = loadSecretOwner(r.Context(), s.db, id, plain.prefix()); err != nil {
+		if o, err = s.lookups.put(r.Context(), secretKey{id, plain.prefix()}).wait(); err != nil {
 			return err
 		}
 	}
@@ -361,6 +342,9 @@ func (s *server) authenticateClient(r *request) error {
 	return s.refused(r, newEvent(authFailed, id, facts{"reason": why.oauth}), why)
 }
 
+// A secretKey is what a secret is looked up by.
+type secretKey struct{ clientID, prefix string }
+
 // A secretOwner is the client that a prefix belongs to.
 type secretOwner struct {
 	caller
@@ -380,22 +364,34 @@ func (o secretOwner) refusal() *problem {
 	return nil
 }
 
-// loadSecretOwner returns a zero secretOwner where there is none.
-func loadSecretOwner(ctx context.Context, db querier, clientID, prefix string) (secretOwner, error) {
-	o := secretOwner{caller: caller{agentID: clientID}}
-	err := db.QueryRow(ctx, `
-		select c.credential_id, c.secret_id, c.secret_hash, c.status, c.expires_at, a.status, a.capabilities
-		from credentials c
-		join agents a on a.agent_id = c.client_id
-		where c.secret_prefix = $1 and c.client_id = $2`, prefix, clientID).
-		Scan(&o.credentialID, &o.secretID, &o.hash, &o.status, &o.expiresAt, &o.agentStatus, &o.scopes)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return secretOwner{}, nil
+// loadSecretOwners looks up secrets that are shown at the same time. The answer
+// is a zero secretOwner where there is none.
+func loadSecretOwners(db *pgxpool.Pool) func([]*question[secretKey, secretOwner]) {
+	return func(batch []*question[secretKey, secretOwner]) {
+		ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+		defer cancel()
+		prefixes, owners := make([]string, len(batch)), map[secretKey]secretOwner{}
+		for i, q := range batch {
+			prefixes[i] = q.asked.prefix
+		}
+		rows, _ := db.Query(ctx, `
+			select c.secret_prefix, c.client_id, c.credential_id, c.secret_id, c.secret_hash, c.status, c.expires_at, a.status, a.capabilities
+			from credentials c
+			join agents a on a.agent_id = c.client_id
+			where c.secret_prefix = any($1)`, prefixes)
+		var o secretOwner
+		var prefix string
+		_, err := pgx.ForEachRow(rows, []any{&prefix, &o.agentID, &o.credentialID, &o.secretID, &o.hash, &o.status, &o.expiresAt,
+			&o.agentStatus, &o.scopes}, func() error {
+			owners[secretKey{o.agentID, prefix}] = o
+			return nil
+		})
+		for _, q := range batch {
+			if q.answer = owners[q.asked]; err != nil {
+				q.err = fmt.Errorf("loading credentials: %w", err)
+			}
+		}
 	}
-	if err != nil {
-		return secretOwner{}, fmt.Errorf("loading credential: %w", err)
-	}
-	return o, nil
 }
 
 // clientSecret finds the one client_id and secret in a request.

@@ -19,6 +19,7 @@ import (
 	"math/big"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -89,6 +90,38 @@ type keyset struct {
 	private crypto.Signer
 	public  []publicKey // the signing key's first
 	macKey  []byte
+	opened  memo[claims] // of access tokens
+}
+
+// A memo remembers what a pure function has returned, for up to memoSize
+// arguments. So nothing in it ever has to be invalidated.
+type memo[V any] struct {
+	mu     sync.Mutex
+	values map[[sha256.Size]byte]V // by a digest of the argument
+}
+
+const memoSize = 1 << 14
+
+func (m *memo[V]) get(key [sha256.Size]byte) (v V, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v, ok = m.values[key]
+	return v, ok
+}
+
+func (m *memo[V]) put(key [sha256.Size]byte, v V) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.values == nil {
+		m.values = map[[sha256.Size]byte]V{}
+	}
+	for old := range m.values { // Go begins anywhere
+		if len(m.values) < memoSize {
+			break
+		}
+		delete(m.values, old)
+	}
+	m.values[key] = v
 }
 
 type publicKey struct {
@@ -310,9 +343,13 @@ func decodeSegment(s string) ([]byte, error) {
 // valid now. Else its error tells the holder what the token is. Audience and
 // revocation are the caller's.
 func (k *keyset) verify(token, issuer string, now time.Time) (claims, error) {
-	var c claims
-	if err := k.open(accessToken, token, &c); err != nil {
-		return claims{}, err
+	key := sha256.Sum256([]byte(token))
+	c, known := k.opened.get(key)
+	if !known {
+		if err := k.open(accessToken, token, &c); err != nil {
+			return claims{}, err
+		}
+		k.opened.put(key, c)
 	}
 	switch {
 	case c.Issuer != issuer:

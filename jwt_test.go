@@ -485,6 +485,39 @@ func TestVerifyHoldsTheTimes(t *testing.T) {
 }
 
 // An audience of one is a string, of several an array, and each has one form.
+// What verify has found once it needn't find again, but only that, and not for
+// ever more tokens.
+func TestMemoKnowsOnlyTokensThatWereGood(t *testing.T) {
+	t.Parallel()
+	keys, other, now := mustReadKeys(t, ellipticKey(), ""), mustReadKeys(t, secondEllipticKey(), ""), time.Now()
+	want := goodClaims(now)
+	good, err := keys.sign(accessToken, want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := other.verify(good, testIssuer, now); err == nil || len(other.opened.values) != 0 {
+		t.Errorf("another key's token is verified (%v) or remembered", err)
+	}
+	for range 3 {
+		if c, err := keys.verify(good, testIssuer, now); err != nil || fmt.Sprint(c) != fmt.Sprint(want) || len(keys.opened.values) != 1 {
+			t.Fatalf("verify = %v, %v, and %d tokens are remembered", c, err, len(keys.opened.values))
+		}
+	}
+	if _, err := keys.verify(good, testIssuer+"/", now); err == nil {
+		t.Error("a token that is remembered is good for another issuer")
+	}
+	if err := keys.open(auditCheckpoint, good, &checkpoint{}); err == nil {
+		t.Error("a token that is remembered is a checkpoint")
+	}
+	var m memo[int]
+	for i := range 2 * memoSize {
+		m.put(sha256.Sum256(fmt.Append(nil, i)), i)
+	}
+	if v, ok := m.get(sha256.Sum256(fmt.Append(nil, 2*memoSize-1))); len(m.values) != memoSize || !ok || v != 2*memoSize-1 {
+		t.Errorf("of twice as many, %d are remembered and the last as %d, %v", len(m.values), v, ok)
+	}
+}
+
 func TestAudienceForms(t *testing.T) {
 	t.Parallel()
 	keys, now := mustReadKeys(t, testKey(), ""), time.Now()

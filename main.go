@@ -21,6 +21,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	_ "embed"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -36,6 +37,7 @@ import (
 	"os/signal"
 	"path"
 	"regexp"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -78,6 +80,9 @@ var schema string
 var openAPI []byte
 
 func main() {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(400) // what lives is little
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal stops at once
 	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
@@ -367,6 +372,76 @@ func transact(ctx context.Context, db *pgxpool.Pool, do func(pgx.Tx) error) erro
 	return pgx.BeginTxFunc(ctx, db, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, do)
 }
 
+// A queue serves what is asked at the same time in one trip to a store: while
+// some are served, the next gather. Who finds nobody waiting is served at once.
+type queue[Q, A any] struct {
+	waiting chan *question[Q, A]
+	done    chan struct{}
+}
+
+type question[Q, A any] struct {
+	asked    Q
+	answer   A
+	err      error
+	wanted   context.Context // until its request has given up
+	answered chan struct{}
+}
+
+const (
+	queueSize = 1024 // questions that may wait; more are refused
+	batchSize = 256
+)
+
+func newQueue[Q, A any](serve func([]*question[Q, A])) *queue[Q, A] {
+	q := &queue[Q, A]{make(chan *question[Q, A], queueSize), make(chan struct{})}
+	go q.run(serve)
+	return q
+}
+
+func (q *queue[Q, A]) run(serve func([]*question[Q, A])) {
+	defer close(q.done)
+	for first := range q.waiting {
+		runtime.Gosched() // who is about to ask does so first
+		batch := []*question[Q, A]{first}
+		for len(batch) < batchSize && len(q.waiting) > 0 {
+			batch = append(batch, <-q.waiting)
+		}
+		batch = slices.DeleteFunc(batch, func(x *question[Q, A]) bool { return x.wanted.Err() != nil })
+		if len(batch) > 0 {
+			serve(batch)
+		}
+		for _, x := range batch {
+			close(x.answered)
+		}
+	}
+}
+
+// close serves what is queued. The caller must have stopped all that asks.
+func (q *queue[Q, A]) close() {
+	close(q.waiting)
+	<-q.done
+}
+
+func (q *queue[Q, A]) put(ctx context.Context, asked Q) *question[Q, A] {
+	x := &question[Q, A]{asked: asked, wanted: ctx, answered: make(chan struct{})}
+	select {
+	case q.waiting <- x:
+	default:
+		x.err = errors.New("the queue is full")
+		close(x.answered)
+	}
+	return x
+}
+
+func (x *question[Q, A]) wait() (answer A, err error) {
+	select {
+	case <-x.answered:
+		return x.answer, x.err
+	case <-x.wanted.Done():
+		return answer, fmt.Errorf("waiting in a queue: %w", x.wanted.Err())
+	}
+}
+
 // redisLog makes lines of ours of what the Redis client logs.
 type redisLog struct{}
 
@@ -382,7 +457,8 @@ type server struct {
 	inner    *pgxpool.Pool // for the recorder and the keeper, which requests must not hold up
 	redis    *cache
 	vault    *vault
-	recorder *recorder
+	recorder *queue[event, bool]
+	lookups  *queue[secretKey, secretOwner]
 
 	postgresUp, redisUp, draining, verifying atomic.Bool
 	inFlight                                 atomic.Int64
@@ -408,8 +484,8 @@ func open(ctx context.Context, cfg config) (*server, error) {
 	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s := &server{
-		cfg: cfg, keys: cfg.keys, db: db, inner: inner, redis: &cache{Client: redis.NewClient(&o)},
-		vault: newVault(), recorder: newRecorder(inner),
+		cfg: cfg, keys: cfg.keys, db: db, inner: inner, redis: newCache(&o),
+		vault: newVault(), recorder: newQueue(storeEvents(inner)), lookups: newQueue(loadSecretOwners(db)),
 	}
 	waiting, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -456,7 +532,8 @@ func (s *server) applySchema(ctx context.Context, always bool) error {
 // close stores what is recorded and lets go of both stores.
 func (s *server) close() {
 	s.recorder.close()
-	s.redis.Close()
+	s.lookups.close()
+	s.redis.close()
 	s.inner.Close()
 	s.db.Close()
 }
@@ -702,7 +779,7 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 	defer cancel()
 	r := &request{Request: in.WithContext(ctx), id: in.Header.Get("X-Request-Id"), addr: clientAddress(in, s.cfg.trustedProxies), out: w.Header()}
 	if !requestIDPattern.MatchString(r.id) {
-		r.id = newID()
+		r.id = newID()[15:] // 74 random bits
 	}
 	r.Body = http.MaxBytesReader(w, in.Body, maxBody)
 	r.out.Set("X-Request-Id", r.id)
@@ -1117,7 +1194,7 @@ func (s *server) change(r *request, do func(context.Context, *change) (event, er
 		if e, err = e.by(r); err != nil {
 			return err
 		}
-		return appendEvents(ctx, tx, []event{e})
+		return appendEvents(ctx, tx, []event{e}, false)
 	})
 	if err == nil && tx.revokes {
 		s.publish(ctx)
@@ -1133,15 +1210,16 @@ func isID(s string) bool { return idPattern.MatchString(s) }
 
 // newID makes a UUID of version 7, which sorts by time (RFC 9562, section 5.7).
 func newID() string {
-	var b [16]byte
-	rand.Read(b[6:])
-	ms := time.Now().UnixMilli()
-	for i := range 6 {
-		b[i] = byte(ms >> (40 - 8*i))
-	}
+	var rest [10]byte
+	rand.Read(rest[:])
+	return idOf(time.Now(), rest)
+}
+
+func idOf(t time.Time, rest [10]byte) string {
+	b := append(binary.BigEndian.AppendUint64(nil, uint64(t.UnixMilli()))[2:], rest[:]...)
 	b[6] = b[6]&0x0f | 0x70
 	b[8] = b[8]&0x3f | 0x80
-	h := hex.EncodeToString(b[:])
+	h := hex.EncodeToString(b)
 	return h[:8] + "-" + h[8:12] + "-" + h[12:16] + "-" + h[16:20] + "-" + h[20:]
 }
 

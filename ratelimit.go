@@ -76,33 +76,69 @@ const redisTimeout = 250 * time.Millisecond
 // asked again until the keeper (token.go) has found it well.
 type cache struct {
 	*redis.Client
+	asks     *queue[scriptCall, []any]
 	failures atomic.Int32 // in a row
 	missed   atomic.Int64 // calls that went without Redis in this outage
 }
 
-var errNoRedis = errors.New("redis is out of reach")
-
-// ask calls a script for a request. A failure is counted, and logged once an
-// outage; the caller goes on without Redis.
-func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
-	if c.failures.Load() >= 3 {
-		c.missed.Add(1)
-		return nil, errNoRedis
-	}
-	reply, err := c.run(ctx, script, keys, args...)
-	if err != nil {
-		c.missed.Add(1)
-		if !errors.Is(err, redis.ErrPoolTimeout) && c.failures.Add(1) == 3 {
-			slog.Error("redis lost: limits let through, revocation asks PostgreSQL", "error", err)
-		}
-		return nil, err
-	}
-	c.failures.Store(0)
-	return reply, nil
+// A scriptCall is what the keys and arguments of a script are in one call.
+type scriptCall struct {
+	script *redis.Script
+	keys   []string
+	args   []any
 }
 
-// run calls a script, also while Redis seems lost, and though the request is at
-// its end: that says nothing of Redis. It fails with errNoRedis.
+func newCache(o *redis.Options) *cache {
+	c := &cache{Client: redis.NewClient(o)}
+	c.asks = newQueue(c.serve)
+	return c
+}
+
+func (c *cache) close() {
+	c.asks.close()
+	c.Close()
+}
+
+var errNoRedis = errors.New("redis is out of reach")
+
+// ask calls a script for a request. The caller goes on without Redis where that
+// fails.
+func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
+	return c.asks.put(ctx, scriptCall{script, keys, args}).wait()
+}
+
+// serve makes the calls of concurrent requests in one trip, however near its end
+// one of these is: that says nothing of Redis. A failure is counted, and logged
+// once an outage.
+func (c *cache) serve(batch []*question[scriptCall, []any]) {
+	ctx, pipe, lost := context.Background(), c.Pipeline(), c.failures.Load() >= 3
+	replies := make([]*redis.Cmd, len(batch))
+	for i, q := range batch {
+		replies[i] = pipe.EvalSha(ctx, q.asked.script.Hash(), q.asked.keys, q.asked.args...)
+	}
+	if !lost {
+		_, _ = pipe.Exec(ctx) // each reply has its error
+	}
+	var failure error
+	for i, q := range batch {
+		if lost {
+			q.err = errNoRedis
+		} else if q.answer, q.err = replies[i].Slice(); redis.HasErrorPrefix(q.err, "NOSCRIPT") {
+			q.answer, q.err = c.run(ctx, q.asked.script, q.asked.keys, q.asked.args...)
+		}
+		if q.err != nil {
+			c.missed.Add(1)
+			failure = q.err
+		}
+	}
+	if failure == nil {
+		c.failures.Store(0)
+	} else if !lost && c.failures.Add(1) == 3 {
+		slog.Error("redis lost: limits let through, revocation asks PostgreSQL", "error", failure)
+	}
+}
+
+// run calls a script, also while Redis seems lost. It fails with errNoRedis.
 func (c *cache) run(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
 	reply, err := script.Run(context.WithoutCancel(ctx), c.Client, keys, args...).Slice()
 	if err != nil {
@@ -121,7 +157,7 @@ func (c *cache) found() {
 // giveBack uncounts what did not come about. Where that fails, one less is left
 // until the window ends.
 func (c *cache) giveBack(ctx context.Context, key string) {
-	_, _ = c.ask(ctx, giveBackScript, []string{key})
+	_, _ = c.ask(context.WithoutCancel(ctx), giveBackScript, []string{key})
 }
 
 // A verdict is what is known of a request.

@@ -24,6 +24,9 @@ create table if not exists agents (
 );
 create unique index if not exists agents_email on agents (lower(email));
 create index if not exists agents_owner on agents (owner, agent_id);
+create index if not exists agents_type on agents (agent_type, agent_id);
+create index if not exists agents_status on agents (status, agent_id);
+create index if not exists agents_type_and_status on agents (agent_type, status, agent_id);
 
 create table if not exists credentials (
     credential_id uuid primary key,
@@ -66,8 +69,9 @@ create index if not exists token_revocations_expires_at on token_revocations (ex
 -- says how it is computed). A unique key of a partitioned table must hold the
 -- partition key; that seq alone is unique, the chain proves.
 create table if not exists audit_events (
-    event_id    uuid not null,
+    event_id    uuid not null, -- holds timestamp and seq, and so needs no index
     seq         bigint not null check (seq > 0),
+    "timestamp" timestamptz not null,
     agent_id    uuid, -- whom it concerns
     actor_id    uuid, -- who did it; null for the operator and for who is not known
     action      text not null,
@@ -75,19 +79,18 @@ create table if not exists audit_events (
     ip_address  text not null,
     user_agent  text not null,
     metadata    json not null, -- json, not jsonb: it keeps the bytes that were hashed
-    "timestamp" timestamptz not null,
     prev_hash   bytea not null check (length(prev_hash) = 32),
     hash        bytea not null check (length(hash) = 32),
     primary key (seq, "timestamp")
 ) partition by range ("timestamp");
-create index if not exists audit_events_event_id on audit_events (event_id);
+create index if not exists audit_events_timestamp on audit_events ("timestamp");
 create index if not exists audit_events_agent_id on audit_events (agent_id, seq);
 -- Counts a client's tokens of this month, where Redis has lost its quota.
 create index if not exists audit_events_issued on audit_events (agent_id, "timestamp")
     where action = 'token.issued' and outcome = 'success';
--- Of the two everyday actions a page is soon full without an index.
-create index if not exists audit_events_rare_action on audit_events (action, seq)
-    where action not in ('token.issued', 'token.introspected');
+-- Any action may be rare. What is most of all is kept small.
+create index if not exists audit_events_tokens on audit_events (seq) where action = 'token.issued';
+create index if not exists audit_events_action on audit_events (action, seq) where action <> 'token.issued';
 create index if not exists audit_events_failure on audit_events (seq) where outcome = 'failure';
 
 create or replace function audit_events_refuse() returns trigger language plpgsql as $$

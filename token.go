@@ -114,9 +114,12 @@ func (s *server) issueToken(r *request) (any, error) {
 		}
 		return nil, errors.Join(storeErr, err)
 	}
-	return map[string]any{
-		"access_token": token, "token_type": "Bearer", "expires_in": expires - now.Unix(), "scope": scope,
-	}, nil
+	return struct {
+		AccessToken string `json:"access_token"`
+		TokenType   string `json:"token_type"`
+		ExpiresIn   int64  `json:"expires_in"` // seconds
+		Scope       string `json:"scope"`
+	}{token, "Bearer", expires - now.Unix(), scope}, nil
 }
 
 // checkGrant decides what the token is to carry.
