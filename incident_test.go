@@ -120,6 +120,8 @@ func (d *drill) wantEvidence(evidence string, secrets ...string) {
 	}
 }
 
+var oneEvent = regexp.MustCompile(`1 of agent.created success from 127.0.0.1\n +the first at \S+Z\n +the last at \S+Z\n`)
+
 func TestIncidentDrill(t *testing.T) {
 	p := newProgram(t, newPostgres(t).url(), newRedisServer(t).url())
 	q, stranger := p.another(), p.another("ISSUER", "http://another.test")
@@ -175,6 +177,11 @@ func TestIncidentDrill(t *testing.T) {
 	d.wantSeqs(evidence, "did.jsonl", events, did)
 	if !p.active(token) || !q.active(token) || p.stateOf() != state {
 		t.Fatal("look has changed something")
+	}
+
+	fresh := p.newAgent("resumes:read") // of which there is one event
+	if out, _, err := d.run("look", "AGENT_ID="+fresh); err != nil || !oneEvent.MatchString(out) {
+		t.Errorf("look at a new agent = %v and prints %s", err, out)
 	}
 
 	// With the database, by the program.
