@@ -1070,7 +1070,7 @@ func FuzzForwardedAddress(f *testing.F) {
 // A stranger gets an answer of ours for any method, path and header that
 // net/http lets through, and nothing but what is public.
 func FuzzFront(f *testing.F) {
-	s := &server{keys: mustReadKeys(f, testKey(), ""), vault: newVault(), cfg: config{issuer: testIssuer, corsOrigin: hostileOrigin}}
+	s := &server{keys: mustReadKeys(f, testKey(), ""), vault: newVault(), meter: newMeter(), cfg: config{issuer: testIssuer, corsOrigin: hostileOrigin}}
 	for _, rt := range s.routes() {
 		method, path, _ := strings.Cut(rt.pattern, " ")
 		f.Add(method, path, "x", "", "")
