@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // A family of metrics, as Prometheus would read it.
@@ -815,6 +816,80 @@ func TestAlertsAndDashboardUseMetricsThatExist(t *testing.T) {
 			t.Errorf("neither an alert nor the dashboard uses %s", name)
 		}
 	}
+}
+
+// Each query, each batch and each failure to connect is told of, once.
+func TestPgxTellsTheMeter(t *testing.T) {
+	ctx := t.Context()
+	open := func(url string) (*meter, *pgxpool.Pool) {
+		config, err := pgxpool.ParseConfig(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := newMeter()
+		config.ConnConfig.Tracer = m
+		pool, err := pgxpool.NewWithConfig(ctx, config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(pool.Close)
+		return m, pool
+	}
+	calls, errs := 0.0, 0.0
+	m, pool := open(newDatabase(t))
+	check := func(what string, m *meter, moreCalls, moreErrors float64) {
+		t.Helper()
+		calls, errs = calls+moreCalls, errs+moreErrors
+		var got, failed float64
+		if h := m.families["agentidp_store_call_duration_seconds"][`store="postgres"`]; h != nil {
+			for _, n := range h.counts {
+				got += float64(n)
+			}
+		}
+		if h := m.families["agentidp_store_errors_total"][`store="postgres"`]; h != nil {
+			failed = h.sum
+		}
+		if got != calls || failed != errs {
+			t.Errorf("%s: %v calls and %v errors were told of, want %v and %v", what, got, failed, calls, errs)
+		}
+	}
+	batch := func(second string) error {
+		b := &pgx.Batch{}
+		b.Queue("select 1")
+		b.Queue(second)
+		return pool.SendBatch(ctx, b).Close()
+	}
+	if _, err := pool.Exec(ctx, "select 1"); err != nil {
+		t.Fatal(err)
+	}
+	check("a statement", m, 1, 0)
+	var n int
+	if err := pool.QueryRow(ctx, "select 1 where false").Scan(&n); !errors.Is(err, pgx.ErrNoRows) {
+		t.Fatal(err)
+	}
+	check("a query without a row, which is no error", m, 1, 0)
+	if err := pool.QueryRow(ctx, "select 1/0").Scan(&n); err == nil {
+		t.Fatal("PostgreSQL divides by 0")
+	}
+	check("a query that fails", m, 1, 1)
+	if err := batch("select 2"); err != nil {
+		t.Fatal(err)
+	}
+	check("a batch of two", m, 1, 0)
+	if err := batch("select 1 / (select 0)"); err == nil {
+		t.Fatal("PostgreSQL divides by 0")
+	}
+	check("a batch that fails", m, 1, 1)
+	if err := transact(ctx, pool, func(tx pgx.Tx) error { return execSQL(ctx, tx, "asking", "select 1") }); err != nil {
+		t.Fatal(err)
+	}
+	check("a transaction: begin, a statement, commit", m, 3, 0)
+	calls, errs = 0, 0
+	m, pool = open("postgres://127.0.0.1:1/nobody") // where nothing listens
+	if _, err := pool.Exec(ctx, "select 1"); err == nil {
+		t.Fatal("something listens on port 1")
+	}
+	check("a failure to connect", m, 0, 1)
 }
 
 // At a bound, a value is within it, as Prometheus has it ("le").
