@@ -43,6 +43,7 @@ $(METRICS): $(ANSWERS)
 promtool: $(METRICS) ## hold the metrics of a copy in the tests, and the alert rules, to Prometheus's own checker
 	@command -v promtool >/dev/null || ./with-services.sh --install prometheus
 	@promtool check rules docs/devops/alerts.yml
+	@promtool test rules docs/devops/alerts_test.yml
 	@promtool check metrics <"$(METRICS)"
 
 soak: gcc ## run all tests at their full length, then each fuzz target (FUZZTIME=30s)
