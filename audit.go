@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -131,7 +132,7 @@ func (e *event) sum() digest {
 // Whole is for a connection without a transaction: it is one by itself.
 func appendEvents(ctx context.Context, tx interface {
 	SendBatch(context.Context, *pgx.Batch) pgx.BatchResults
-}, events []event, whole bool) error {
+}, events []event, whole bool, m *meter) error {
 	last, now := event{PrevHash: make(digest, sha256.Size)}, moment{}
 	head, tail := &pgx.Batch{}, &pgx.Batch{}
 	if whole {
@@ -185,11 +186,12 @@ func appendEvents(ctx context.Context, tx interface {
 	if err := tx.SendBatch(ctx, tail).Close(); err != nil {
 		return fmt.Errorf("appending to the audit log: %w", err)
 	}
+	m.head.Store(last.Seq)
 	return nil
 }
 
 // storeEvents stores the events of concurrent requests in one transaction.
-func storeEvents(db *pgxpool.Pool) func([]*question[event, bool]) {
+func storeEvents(db *pgxpool.Pool, m *meter) func([]*question[event, bool]) {
 	return func(batch []*question[event, bool]) {
 		ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
 		defer cancel()
@@ -197,11 +199,14 @@ func storeEvents(db *pgxpool.Pool) func([]*question[event, bool]) {
 		for i, q := range batch {
 			events[i] = q.asked
 		}
+		begun := time.Now()
 		conn, err := db.Acquire(ctx)
 		if err == nil {
-			err = appendEvents(ctx, conn, events, true)
+			err = appendEvents(ctx, conn, events, true, m)
 			conn.Release() // closes it where the transaction is open
 		}
+		m.add(float64(len(batch)), "agentidp_audit_batch_events", "")
+		m.add(time.Since(begun).Seconds(), "agentidp_audit_commit_duration_seconds", "")
 		for _, q := range batch {
 			q.answer, q.err = err == nil, err
 		}

@@ -88,7 +88,7 @@ func (a *audience) UnmarshalJSON(b []byte) error {
 // The key decides the algorithm.
 type keyset struct {
 	private crypto.Signer
-	public  []publicKey // the signing key's first
+	public  []publicKey  // the signing key's first
 	opened  memo[claims] // of access tokens
 }
 

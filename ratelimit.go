@@ -77,6 +77,7 @@ const redisTimeout = 250 * time.Millisecond
 type cache struct {
 	*redis.Client
 	asks     *queue[scriptCall, []any]
+	meter    *meter
 	failures atomic.Int32 // in a row
 	missed   atomic.Int64 // calls that went without Redis in this outage
 }
@@ -88,8 +89,8 @@ type scriptCall struct {
 	args   []any
 }
 
-func newCache(o *redis.Options) *cache {
-	c := &cache{Client: redis.NewClient(o)}
+func newCache(o *redis.Options, m *meter) *cache {
+	c := &cache{Client: redis.NewClient(o), meter: m}
 	c.asks = newQueue(c.serve)
 	return c
 }
@@ -117,7 +118,9 @@ func (c *cache) serve(batch []*question[scriptCall, []any]) {
 		replies[i] = pipe.EvalSha(ctx, q.asked.script.Hash(), q.asked.keys, q.asked.args...)
 	}
 	if !lost {
-		_, _ = pipe.Exec(ctx) // each reply has its error
+		begun := time.Now()
+		_, err := pipe.Exec(ctx) // each reply has its own
+		c.meter.asked(`store="redis"`, begun, err)
 	}
 	var failure error
 	for i, q := range batch {
@@ -140,7 +143,9 @@ func (c *cache) serve(batch []*question[scriptCall, []any]) {
 
 // run calls a script, also while Redis seems lost. It fails with errNoRedis.
 func (c *cache) run(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
+	begun := time.Now()
 	reply, err := script.Run(context.WithoutCancel(ctx), c.Client, keys, args...).Slice()
+	c.meter.asked(`store="redis"`, begun, err)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errNoRedis, err)
 	}
