@@ -273,6 +273,14 @@ func (s *server) listEvents(r *request) (any, error) {
 	if err := in.problem(); err != nil {
 		return nil, err
 	}
+	order := `
+			and (@before::bigint is null or seq < @before)
+		order by seq desc`
+	if from != nil || to != nil { // so that an index finds it; another order only where a clock was set back
+		order = `
+			and (@before::bigint is null or ("timestamp", seq) < (@beforeTime::timestamptz, @before))
+		order by "timestamp" desc, seq desc`
+	}
 	oldest := s.oldestServed()
 	if from != nil && from.Before(oldest) || to != nil && to.Before(oldest) {
 		return nil, errRetention.with(map[string]any{"retentionDays": s.cfg.retentionDays, "oldest": moment{oldest}})
@@ -280,22 +288,24 @@ func (s *server) listEvents(r *request) (any, error) {
 	if from == nil {
 		from = &oldest
 	}
-	args["from"], args["to"], args["before"] = from, to, before
+	args["from"], args["to"], args["before"], args["beforeTime"] = from, to, nil, nil
+	if before != nil {
+		args["before"], args["beforeTime"] = before.Seq, time.UnixMilli(before.Time)
+	}
 	p, more, err := list[event](r.Context(), s.db, part, args, eventColumns, `
 		from audit_events
 		where (@agent::uuid is null or agent_id = @agent)
 			and (@action::text is null or action = @action)
 			and (@outcome::text is null or outcome = @outcome)
 			and "timestamp" >= @from::timestamptz
-			and (@to::timestamptz is null or "timestamp" <= @to)`, `
-			and (@before::bigint is null or seq < @before)
-		order by seq desc`)
+			and (@to::timestamptz is null or "timestamp" <= @to)`, order)
 	if err != nil {
 		return nil, err
 	}
 	var next *string
 	if more {
-		signed, err := s.keys.Load().sign(auditCursor, cursor{p.Data[len(p.Data)-1].Seq})
+		last := p.Data[len(p.Data)-1]
+		signed, err := s.keys.Load().sign(auditCursor, cursor{last.Seq, last.Timestamp.UnixMilli()})
 		if err != nil {
 			return nil, err
 		}
@@ -311,13 +321,13 @@ func (s *server) listEvents(r *request) (any, error) {
 // what we have sent gets from there into a query, and so that it is good on
 // every copy while the keys are rotated.
 type cursor struct {
-	Seq int64 `json:"seq"`
+	Seq  int64 `json:"seq"`
+	Time int64 `json:"time"` // milliseconds since 1970
 }
 
-func (s *server) openCursor(signed string) (seq int64, err error) {
-	var c cursor
+func (s *server) openCursor(signed string) (c cursor, err error) {
 	err = s.keys.Load().open(auditCursor, signed, &c)
-	return c.Seq, err
+	return c, err
 }
 
 // eventID makes the id of an event, which tells where in the log it is: a UUID

@@ -624,6 +624,37 @@ func TestCursorReadsEveryEventOnceAndTotalsStopAt10000(t *testing.T) {
 	}
 }
 
+// Where the clock of the database was set back, the log is still read whole: as
+// it was written, or, between dates, by time.
+func TestEventsOfAClockSetBackAreReadOnce(t *testing.T) {
+	t.Parallel()
+	var history []servedEvent
+	begun := time.Now().Add(-48 * time.Hour).Truncate(time.Hour)
+	for _, minute := range []int{1, 2, 9, 9, 3, 4, 9, 2, 5, 40, 5, 6} {
+		history = append(history, forgeEvent(history, begun.Add(time.Duration(minute)*time.Minute), "token.issued"))
+	}
+	v := newService(t, "DATABASE_URL", newHistory(t, "", history))
+	read := func(query string) (seqs []int64) {
+		for more := query + "&limit=2"; ; {
+			page := v.audit(more)
+			for _, e := range page.Data {
+				seqs = append(seqs, e.Seq)
+			}
+			if page.NextCursor == nil {
+				return seqs
+			}
+			more = query + "&limit=2&cursor=" + url.QueryEscape(*page.NextCursor)
+		}
+	}
+	at := func(minute int) string { return begun.Add(time.Duration(minute) * time.Minute).UTC().Format(millis) }
+	if got, want := read("action=token.issued&outcome=success")[1:], []int64{12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1}; !slices.Equal(got, want) {
+		t.Errorf("all are %v, want %v", got, want)
+	}
+	if got, want := read("fromDate="+at(2)+"&toDate="+at(9)), []int64{7, 4, 3, 12, 11, 9, 6, 5, 8, 2}; !slices.Equal(got, want) {
+		t.Errorf("between two dates are %v, want %v", got, want)
+	}
+}
+
 func TestTwoCopiesWriteOneChain(t *testing.T) {
 	t.Parallel()
 	v := newService(t)
