@@ -493,7 +493,7 @@ const altered = "the audit log was altered: the first bad seq is %d"
 
 // verifyAudit reads the whole chain and says whether it is as it was written,
 // and whether it extends a checkpoint kept elsewhere.
-func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Writer) error {
+func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Writer, progress func(*event) error) error {
 	var cp *checkpoint
 	if signed != "" {
 		cp = &checkpoint{}
@@ -504,7 +504,7 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 			return fmt.Errorf("this is no checkpoint of this issuer: it is of %q, and ISSUER is %q", cp.Issuer, s.cfg.issuer)
 		}
 	}
-	report, err := verifyChain(ctx, s.db, 1, 1<<60, s.oldestServed(), cp, nil)
+	report, err := verifyChain(ctx, s.db, 1, 1<<60, s.oldestServed(), cp, progress)
 	if err != nil {
 		return err
 	}

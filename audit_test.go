@@ -14,6 +14,7 @@ import (
 	"maps"
 	"net/http/httptest"
 	"net/url"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -579,6 +580,18 @@ func TestCursorReadsEveryEventOnceAndTotalsStopAt10000(t *testing.T) {
 		t.Errorf("the last page has %d events and the cursor %v, want 100 and none", len(page.Data), page.NextCursor)
 	}
 	v.want(v.api(v.bearer, "GET", "/audit?page=501", ""), 400, "VALIDATION_ERROR")
+
+	// Who has the whole log verified on a terminal sees how far that is.
+	p := &program{service: v}
+	verify := p.build("verify-audit")
+	onTerminal := exec.Command("script", "-qec", verify.Path+" verify-audit", "/dev/null")
+	onTerminal.Env = verify.Env
+	if out, err := onTerminal.CombinedOutput(); err != nil || !strings.Contains(string(out), "read up to seq 10000\rverified: 1") {
+		t.Errorf("verify-audit on a terminal = %q, %v, want its progress and that it is verified", out, err)
+	}
+	if out, err := verify.CombinedOutput(); err != nil || strings.Contains(string(out), "read up") {
+		t.Errorf("verify-audit in a script = %q, %v, want no progress", out, err)
+	}
 
 	// A part of the chain is verified from any seq, up to its head.
 	head = int64(v.count(`select max(seq) from audit_events`))

@@ -140,7 +140,7 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	case len(args) == 2 && args[0] == "bootstrap":
 		do = func(s *server) error { return s.bootstrap(ctx, args[1], stdout) }
 	case len(args) <= 2 && args[0] == "verify-audit" && args[len(args)-1] != "":
-		do = func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout) }
+		do = func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout, progress(stderr)) }
 	case len(args) <= 2 && args[0] == "audit-export":
 		from, err := parseWhole(1, 1<<53)(strings.Join(append(args[1:], "1")[:1], ""))
 		if err != nil {
@@ -165,6 +165,20 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	}
 	defer s.close()
 	return do(s)
+}
+
+// progress shows on a terminal, in one line, how much of the log is read.
+func progress(stderr io.Writer) func(*event) error {
+	file, _ := stderr.(*os.File)
+	if info, err := file.Stat(); err != nil || info.Mode()&os.ModeCharDevice == 0 {
+		return nil
+	}
+	return func(e *event) error {
+		if e.Seq%10_000 == 0 {
+			fmt.Fprintf(file, "read up to seq %d\r", e.Seq) // what is printed next takes its place
+		}
+		return nil
+	}
 }
 
 func version() string {
