@@ -5,10 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
-	"io"
-	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
@@ -139,36 +136,12 @@ func (sv *server) questions(agents, events int, from time.Time) (list []asked, e
 	get("events from a day on", "/audit?fromDate="+recent)
 	get("events of a day", "/audit?fromDate="+middle+"&toDate="+url.QueryEscape(time.Now().Add(-spread/2+24*time.Hour).UTC().Format(time.RFC3339)))
 	get("events of an action on a day", "/audit?action=auth.failed&fromDate="+middle+"&toDate="+url.QueryEscape(time.Now().Add(-spread/2+24*time.Hour).UTC().Format(time.RFC3339)))
-	cursor, err := sv.cursor("/api/v1/audit?toDate=" + middle)
+	cursor, err := sv.ask("GET", "/api/v1/audit?toDate="+middle, sv.bearer(), "", "nextCursor")
 	if err != nil {
 		return nil, err
 	}
 	get("events after a cursor deep inside", "/audit?cursor="+cursor)
 	return list, nil
-}
-
-func (sv *server) cursor(path string) (string, error) {
-	q, err := http.NewRequest("GET", "http://"+sv.address+path, nil)
-	if err != nil {
-		return "", err
-	}
-	q.Header.Set("Authorization", sv.bearer())
-	answer, err := http.DefaultClient.Do(q)
-	if err != nil {
-		return "", err
-	}
-	defer answer.Body.Close()
-	body, err := io.ReadAll(answer.Body)
-	if err != nil {
-		return "", err
-	}
-	var page struct {
-		NextCursor string `json:"nextCursor"`
-	}
-	if err := json.Unmarshal(body, &page); err != nil || page.NextCursor == "" {
-		return "", fmt.Errorf("no cursor: %s %w", body, err)
-	}
-	return page.NextCursor, nil
 }
 
 const (

@@ -20,6 +20,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -28,6 +29,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -175,15 +177,31 @@ func report(name string, iterations int, values ...value) {
 	figures = append(figures, figure{name, values})
 }
 
+// printTable has the units above the figures, anew where they change.
 func printTable() {
-	fmt.Println("\n| what | figures |\n|---|---|")
+	above := ""
 	for _, f := range figures {
-		var texts []string
+		units, numbers := "", ""
 		for _, v := range f.values {
-			texts = append(texts, fmt.Sprintf("%.4g %s", v.number, v.unit))
+			width := max(len(v.unit), 7)
+			units += fmt.Sprintf(" %*s |", width, v.unit)
+			numbers += fmt.Sprintf(" %*s |", width, strconv.FormatFloat(rounded(v.number), 'f', -1, 64))
 		}
-		fmt.Printf("| %s | %s |\n", f.name, strings.Join(texts, ", "))
+		if units != above {
+			fmt.Printf("\n| %-46s |%s\n|%s|%s\n", "", units, strings.Repeat("-", 48), strings.Repeat("---|", len(f.values)))
+			above = units
+		}
+		fmt.Printf("| %-46s |%s\n", f.name, numbers)
 	}
+}
+
+// rounded keeps three digits, and all before the point.
+func rounded(v float64) float64 {
+	if v == 0 {
+		return 0
+	}
+	unit := math.Pow(10, min(0, math.Floor(math.Log10(math.Abs(v)))-2))
+	return math.Round(v/unit) * unit
 }
 
 func micros(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1000 }

@@ -6,7 +6,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"os"
@@ -225,7 +224,7 @@ func (s *stores) newServer(key string, first *server, more ...string) (*server, 
 		return nil, err
 	}
 	sv.id, sv.secret = id, secret
-	sv.token, err = sv.getToken()
+	sv.token, err = sv.ask("POST", "/api/v1/token", basic(id, secret), grant, "access_token")
 	return sv, err
 }
 
@@ -250,29 +249,26 @@ func (sv *server) memory() float64 {
 	return kb * 1024
 }
 
-func (sv *server) getToken() (string, error) {
-	q, err := http.NewRequest("POST", "http://"+sv.address+"/api/v1/token", strings.NewReader("grant_type=client_credentials"))
+// ask sends a request and returns a member of the JSON answer.
+func (sv *server) ask(method, path, auth, form, member string) (string, error) {
+	q, err := http.NewRequest(method, "http://"+sv.address+path, strings.NewReader(form))
 	if err != nil {
 		return "", err
 	}
+	q.Header.Set("Authorization", auth)
 	q.Header.Set("Content-Type", "application/x-www-form-urlencoded")
-	q.SetBasicAuth(sv.id, sv.secret)
 	answer, err := http.DefaultClient.Do(q)
 	if err != nil {
 		return "", err
 	}
 	defer answer.Body.Close()
-	body, err := io.ReadAll(answer.Body)
-	if err != nil {
-		return "", err
+	members := map[string]any{}
+	err = json.NewDecoder(answer.Body).Decode(&members)
+	text, ok := members[member].(string)
+	if err != nil || !ok {
+		return "", fmt.Errorf("%s %s has no %s: %v %w", method, path, member, members, err)
 	}
-	var token struct {
-		AccessToken string `json:"access_token"`
-	}
-	if err := json.Unmarshal(body, &token); err != nil || token.AccessToken == "" {
-		return "", fmt.Errorf("no token: %s %w", body, err)
-	}
-	return token.AccessToken, nil
+	return text, nil
 }
 
 // request is a request in bytes. Auth is a header; form may be empty.
