@@ -65,9 +65,10 @@ vuln: ## ask the Go vulnerability database about what is used here
 build: ## build ./agentidp
 	@CGO_ENABLED=0 $(GO) build -trimpath -o agentidp .
 
-# The race detector needs a C compiler.
+# The race detector needs a C compiler, and the operator's pages curl.
 gcc:
 	@command -v $(GO) >/dev/null || { echo "Go is needed (go.mod has the version), and '$(GO)' is not on PATH" >&2; exit 69; }
 	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
+	@command -v curl >/dev/null || ./with-services.sh --install curl
 
 .PHONY: help run test openapi soak acceptance bench fuzz cover lint vuln build gcc
