@@ -62,8 +62,20 @@ lint: ## gofmt, go vet, staticcheck
 vuln: ## ask the Go vulnerability database about what is used here
 	@$(GO) tool -modfile=tools/go.mod govulncheck ./...
 
-build: ## build ./agentidp
+build: ## build ./agentidp: the same bytes wherever it is built, with this Go and of this commit
 	@CGO_ENABLED=0 $(GO) build -trimpath -o agentidp .
+
+# The second clone is built without what was built before.
+deployment: ## build two clones, which must be the same bytes, and check the systemd unit and the script for incidents
+	@set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; revision=$$(git rev-parse --short=12 HEAD); \
+		for clone in one another/place; do git clone -q . "$$dir/$$clone"; done; \
+		$(MAKE) -s -C "$$dir/one" build; GOCACHE="$$dir/cache" $(MAKE) -s -C "$$dir/another/place" build; \
+		cmp "$$dir/one/agentidp" "$$dir/another/place/agentidp"; \
+		"$$dir/one/agentidp" -version | grep -F "$$revision"
+	@if command -v systemd-analyze >/dev/null; then \
+		out=$$(systemd-analyze security --no-pager --offline=true --threshold=25 docs/devops/agentidp.service) || { echo "$$out"; exit 1; }; \
+		echo "$$out" | tail -n 1; else echo "no systemd-analyze here: the unit is not checked"; fi
+	@if command -v shellcheck >/dev/null; then shellcheck docs/devops/incident.sh; else echo "no shellcheck here: incident.sh is not checked"; fi
 
 # The race detector needs a C compiler, and the operator's pages curl.
 gcc:
@@ -71,4 +83,4 @@ gcc:
 	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
 	@command -v curl >/dev/null || ./with-services.sh --install curl
 
-.PHONY: help run test openapi soak acceptance bench fuzz cover lint vuln build gcc
+.PHONY: help run test openapi soak acceptance bench fuzz cover lint vuln build deployment gcc

@@ -59,7 +59,7 @@ func tally(n int, send func(i int) answer) map[string]int {
 func (v *service) bearerOf(agentID, scope string) string {
 	v.t.Helper()
 	now := time.Now().Unix()
-	token, err := v.s.keys.sign(accessToken, claims{
+	token, err := v.s.keys.Load().sign(accessToken, claims{
 		Issuer: v.env["ISSUER"], Subject: agentID, Audience: audience{v.env["ISSUER"]}, ClientID: agentID, Scope: scope,
 		ID: newID(), IssuedAt: now, Expires: now + 600, CredentialID: newID(), SecretID: newID(),
 	})

@@ -1,12 +1,10 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
-	"crypto/hmac"
 	"crypto/sha256"
-	"encoding/base64"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -317,8 +315,11 @@ func (s *server) listEvents(r *request) (any, error) {
 	}
 	var next *string
 	if more {
-		cursor := s.sealCursor(p.Data[len(p.Data)-1].Seq)
-		next = &cursor
+		signed, err := s.keys.Load().sign(auditCursor, cursor{p.Data[len(p.Data)-1].Seq})
+		if err != nil {
+			return nil, err
+		}
+		next = &signed
 	}
 	return struct {
 		page[event]
@@ -326,20 +327,17 @@ func (s *server) listEvents(r *request) (any, error) {
 	}{p, next}, nil
 }
 
-// sealCursor names the last event of a page. It is authenticated, so that
-// nothing but what we have sent gets from there into a query.
-func (s *server) sealCursor(seq int64) string {
-	b := binary.BigEndian.AppendUint64(nil, uint64(seq))
-	return base64.RawURLEncoding.EncodeToString(append(b, s.keys.mac("cursor", string(b))...))
+// A cursor names the last event of a page. It is signed, so that nothing but
+// what we have sent gets from there into a query, and so that it is good on
+// every copy while the keys are rotated.
+type cursor struct {
+	Seq int64 `json:"seq"`
 }
 
-// openCursor reads what sealCursor has made, and nothing else.
-func (s *server) openCursor(cursor string) (seq int64, err error) {
-	b, err := decodeSegment(cursor)
-	if err != nil || len(b) < 8 || !hmac.Equal(b[8:], s.keys.mac("cursor", string(b[:8]))) {
-		return 0, errBadToken
-	}
-	return int64(binary.BigEndian.Uint64(b)), nil
+func (s *server) openCursor(signed string) (seq int64, err error) {
+	var c cursor
+	err = s.keys.Load().open(auditCursor, signed, &c)
+	return c.Seq, err
 }
 
 func (s *server) getEvent(r *request) (any, error) {
@@ -376,9 +374,10 @@ type chainReport struct {
 // verifyChain reads the chain from a seq on (0: its last limit events), up to
 // limit events, and stops at the first that isn't what its predecessor, its
 // content or cp (nil: none) demand. Events may be missing at the beginning,
-// where partitions were dropped, but none after served. An error says that the
-// chain can't be read.
-func verifyChain(ctx context.Context, db querier, from, limit int64, served time.Time, cp *checkpoint) (chainReport, error) {
+// where partitions were dropped, but none after served. Each event that is as it
+// should be is given to emit (nil: none). An error is that of emit, or says that
+// the chain can't be read.
+func verifyChain(ctx context.Context, db querier, from, limit int64, served time.Time, cp *checkpoint, emit func(*event) error) (chainReport, error) {
 	report := chainReport{HeadHash: make(digest, sha256.Size)}
 	var oldest, newest int64
 	err := db.QueryRow(ctx, `select coalesce(min(seq), 1), coalesce(max(seq), 0) from audit_events`).Scan(&oldest, &newest)
@@ -402,7 +401,13 @@ func verifyChain(ctx context.Context, db querier, from, limit int64, served time
 		if err != nil {
 			return report, fmt.Errorf("reading an event: %w", err)
 		}
+		good := report.Events
 		report.extend(&e, oldest, served, cp)
+		if emit != nil && report.Events > good {
+			if err := emit(&e); err != nil {
+				return report, err
+			}
+		}
 	}
 	rows.Close()
 	if err := rows.Err(); err != nil {
@@ -451,7 +456,7 @@ func (s *server) seal(report *chainReport) error {
 	if !report.Verified || report.Events == 0 {
 		return nil
 	}
-	signed, err := s.keys.sign(auditCheckpoint, checkpoint{
+	signed, err := s.keys.Load().sign(auditCheckpoint, checkpoint{
 		Issuer: s.cfg.issuer, Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash), Time: time.Now().Unix(),
 	})
 	report.Checkpoint = &signed
@@ -472,7 +477,7 @@ func (s *server) verifyEvents(r *request) (any, error) {
 		return nil, errBusy.because("Another report is being made by this copy; one at a time. Try again.")
 	}
 	defer s.verifying.Store(false)
-	report, err := verifyChain(r.Context(), s.db, from, verifiedAtOnce, s.oldestServed(), nil)
+	report, err := verifyChain(r.Context(), s.db, from, verifiedAtOnce, s.oldestServed(), nil, nil)
 	if err == nil {
 		err = s.seal(&report)
 	}
@@ -485,20 +490,22 @@ func (s *server) verifyEvents(r *request) (any, error) {
 	return report, nil
 }
 
+const altered = "the audit log was altered: the first bad seq is %d"
+
 // verifyAudit reads the whole chain and says whether it is as it was written,
 // and whether it extends a checkpoint kept elsewhere.
 func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Writer) error {
 	var cp *checkpoint
 	if signed != "" {
 		cp = &checkpoint{}
-		if s.keys.open(auditCheckpoint, signed, cp) != nil {
+		if s.keys.Load().open(auditCheckpoint, signed, cp) != nil {
 			return errors.New("this is no checkpoint that a key here signed: is it whole, is the key of its time in JWT_PUBLIC_KEY?")
 		}
 		if cp.Issuer != s.cfg.issuer {
 			return fmt.Errorf("this is no checkpoint of this issuer: it is of %q, and ISSUER is %q", cp.Issuer, s.cfg.issuer)
 		}
 	}
-	report, err := verifyChain(ctx, s.db, 1, 1<<60, s.oldestServed(), cp)
+	report, err := verifyChain(ctx, s.db, 1, 1<<60, s.oldestServed(), cp, nil)
 	if err != nil {
 		return err
 	}
@@ -506,7 +513,7 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 		return fmt.Errorf("the log begins at seq %d, after the checkpoint at %d: use a later one if what was before is dropped for its age; else the log was altered", report.FromSeq, cp.Seq)
 	}
 	if !report.Verified {
-		return fmt.Errorf("the audit log was altered: the first bad seq is %d", report.FirstBadSeq)
+		return fmt.Errorf(altered, report.FirstBadSeq)
 	}
 	if err := s.seal(&report); err != nil {
 		return err
@@ -519,4 +526,25 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 		fmt.Fprintf(stdout, "checkpoint: %s\n", *report.Checkpoint)
 	}
 	return nil
+}
+
+// exportAudit prints the events from a seq on, one a line as they are served,
+// and a checkpoint of the last behind them. What is printed is checked; what is
+// bad, and what follows it, is not printed.
+func (s *server) exportAudit(ctx context.Context, from int64, stdout io.Writer) error {
+	out := bufio.NewWriter(stdout)
+	lines := json.NewEncoder(out)
+	report, err := verifyChain(ctx, s.db, from, 1<<60, s.oldestServed(), nil, func(e *event) error { return lines.Encode(e) })
+	if err == nil && !report.Verified {
+		err = fmt.Errorf(altered, report.FirstBadSeq)
+	} else if err == nil && report.Events == 0 && from > 1 {
+		err = fmt.Errorf("seq %d is beyond the end of the log", from)
+	}
+	if err == nil {
+		err = s.seal(&report)
+	}
+	if err == nil {
+		err = lines.Encode(map[string]*string{"checkpoint": report.Checkpoint})
+	}
+	return errors.Join(err, out.Flush())
 }

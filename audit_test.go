@@ -235,7 +235,7 @@ func TestEveryActionIsRecorded(t *testing.T) {
 	a = add(v.want(v.form(id, secret, "", "grant_type=client_credentials"), 200, ""), "token.issued", "success", id, id,
 		"credentialId", credentialID, "scope", "resumes:read")
 	token := a.text("access_token")
-	c, err := v.s.keys.verify(token, v.env["ISSUER"], time.Now())
+	c, err := v.s.keys.Load().verify(token, v.env["ISSUER"], time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -616,7 +616,7 @@ func TestCursorReadsEveryEventOnceAndTotalsStopAt10000(t *testing.T) {
 	v.want(v.api(v.bearer, "GET", "/audit/verify?toSeq=2", ""), 400, "VALIDATION_ERROR")
 	// One request reads only so much; the rest is another's.
 	for _, row := range []struct{ from, limit, events, headSeq int64 }{{1, 10, 10, 10}, {5000, 100, 100, 5099}, {head - 1, 2, 2, head}, {head, 2, 1, head}} {
-		report, err := verifyChain(t.Context(), v.db, row.from, row.limit, time.Now(), nil)
+		report, err := verifyChain(t.Context(), v.db, row.from, row.limit, time.Now(), nil, nil)
 		if err != nil || !report.Verified || report.Events != row.events || report.HeadSeq != row.headSeq {
 			t.Errorf("verifyChain(%d, %d) = %+v, %v, want %d events to %d", row.from, row.limit, report, err, row.events, row.headSeq)
 		}
@@ -1159,18 +1159,18 @@ func TestCheckpointIsTakenOnlyFromItsIssuer(t *testing.T) {
 		{"of now", now, ""},
 		{"of before", early, ""},
 		{"as the command prints it", printed, ""},
-		{"made as documented", signed(v.s.keys, auditCheckpoint, same), ""},
+		{"made as documented", signed(v.s.keys.Load(), auditCheckpoint, same), ""},
 		{"another key", signed(other, auditCheckpoint, same), "no checkpoint"},
 		{"another key, our header", parts[0] + "." + parts[1] + "." + strings.Split(signed(other, auditCheckpoint, same), ".")[2], "no checkpoint"},
-		{"another issuer", signed(v.s.keys, auditCheckpoint, func(cp *checkpoint) { cp.Issuer += "/" }), "no checkpoint"},
+		{"another issuer", signed(v.s.keys.Load(), auditCheckpoint, func(cp *checkpoint) { cp.Issuer += "/" }), "no checkpoint"},
 		{"a token", v.bearer, "no checkpoint"},
-		{"signed as a token", signed(v.s.keys, accessToken, same), "no checkpoint"},
+		{"signed as a token", signed(v.s.keys.Load(), accessToken, same), "no checkpoint"},
 		{"garbage", "garbage", "no checkpoint"},
 		{"cut short", now[:len(now)-1], "no checkpoint"},
 		{"with something behind", now + "\n", "no checkpoint"},
 		{"with the signature of another", parts[0] + "." + parts[1] + "." + strings.Split(early, ".")[2], "no checkpoint"},
-		{"of another hash", signed(v.s.keys, auditCheckpoint, func(cp *checkpoint) { cp.Hash = firstPrevHash }), fmt.Sprintf("the first bad seq is %d", good.Seq)},
-		{"of a later seq", signed(v.s.keys, auditCheckpoint, func(cp *checkpoint) { cp.Seq++ }), fmt.Sprintf("the first bad seq is %d", good.Seq+1)},
+		{"of another hash", signed(v.s.keys.Load(), auditCheckpoint, func(cp *checkpoint) { cp.Hash = firstPrevHash }), fmt.Sprintf("the first bad seq is %d", good.Seq)},
+		{"of a later seq", signed(v.s.keys.Load(), auditCheckpoint, func(cp *checkpoint) { cp.Seq++ }), fmt.Sprintf("the first bad seq is %d", good.Seq+1)},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			out, err := v.verifyAudit(row.checkpoint)
@@ -1186,7 +1186,7 @@ func TestCheckpointIsTakenOnlyFromItsIssuer(t *testing.T) {
 	if out, err := w.verifyAudit(now); err == nil || !strings.Contains(err.Error(), "no checkpoint") {
 		t.Errorf("verify-audit without the key = %q, %v, want it refused", out, err)
 	}
-	w.env["JWT_PUBLIC_KEY"] = publicPEMOf(t, v.s.keys)
+	w.env["JWT_PUBLIC_KEY"] = publicPEMOf(t, v.s.keys.Load())
 	if out, err := w.verifyAudit(now); err != nil {
 		t.Errorf("verify-audit with the old key published = %q, %v, want it verified", out, err)
 	}

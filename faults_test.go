@@ -79,7 +79,8 @@ func newOrdeal(t *testing.T) *ordeal {
 	// refuses. The other only reads, and goes on with what it finds.
 	o.program = newProgram(t, o.postgres.url(), o.store.url(),
 		"RATE_LIMIT_PER_MINUTE", "1000000", "MONTHLY_TOKEN_LIMIT", "1000000000", "MAX_AGENTS", "100000")
-	o.s = &server{keys: mustReadKeys(t, testKey(), "")} // only to sign tokens
+	o.s = &server{} // only to sign tokens
+	o.s.keys.Store(mustReadKeys(t, testKey(), ""))
 	o.copies = []*program{o.program, o.another("RATE_LIMIT_PER_MINUTE", "0", "MONTHLY_TOKEN_LIMIT", "0")}
 	o.prepare()
 	return o
@@ -795,7 +796,8 @@ func TestManyRequestsShareFewConnections(t *testing.T) {
 	o := &ordeal{postgres: newPostgres(t), store: newRedisServer(t)}
 	o.program = newProgram(t, o.postgres.url()+"&pool_max_conns=4", o.store.url(),
 		"RATE_LIMIT_PER_MINUTE", "1000000", "MONTHLY_TOKEN_LIMIT", "1000000000", "MAX_AGENTS", "100000")
-	o.s = &server{keys: mustReadKeys(t, testKey(), "")}
+	o.s = &server{}
+	o.s.keys.Store(mustReadKeys(t, testKey(), ""))
 	const n = 500
 	id := o.newAgent("resumes:read")
 	victims := make([]string, n)

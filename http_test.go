@@ -502,7 +502,7 @@ func TestEveryAnswerHasSecurityHeaders(t *testing.T) {
 func TestPanicBecomesA500InJSON(t *testing.T) {
 	t.Parallel()
 	v := newService(t)
-	v.s.keys = nil // which no route expects
+	v.s.keys.Store(nil) // which no route expects
 	for path, oauth := range map[string]bool{"/.well-known/jwks.json": false, "/api/v1/token/introspect": true} {
 		method := "GET"
 		if oauth {

@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/hmac"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -27,6 +26,7 @@ import (
 const (
 	accessToken     = "at+jwt" // RFC 9068, section 2.1
 	auditCheckpoint = "audit-checkpoint+jwt"
+	auditCursor     = "audit-cursor+jwt"
 )
 
 const (
@@ -88,7 +88,6 @@ func (a *audience) UnmarshalJSON(b []byte) error {
 type keyset struct {
 	private crypto.Signer
 	public  []publicKey // the signing key's first
-	macKey  []byte
 }
 
 type publicKey struct {
@@ -108,13 +107,7 @@ func newKeyset(text string) (*keyset, error) {
 		return nil, errKey
 	}
 	k := &keyset{private: private}
-	if err := k.add(private.Public()); err != nil {
-		return nil, err
-	}
-	der, err := x509.MarshalPKCS8PrivateKey(private)
-	mac := sha256.Sum256(append([]byte("agentidp mac key"), der...))
-	k.macKey = mac[:]
-	return k, err
+	return k, k.add(private.Public())
 }
 
 // publish takes further keys that verify: PEM blocks, PKIX or PKCS#1.
@@ -201,7 +194,7 @@ func (k *keyset) add(key crypto.PublicKey) error {
 		}
 	}
 	headers := map[string]string{}
-	for _, typ := range []string{accessToken, auditCheckpoint} {
+	for _, typ := range []string{accessToken, auditCheckpoint, auditCursor} {
 		headers[typ] = b64.EncodeToString([]byte(`{"alg":"` + alg + `","typ":"` + typ + `","kid":"` + jwk["kid"] + `"}`))
 	}
 	k.public = append(k.public, publicKey{key, jwk, headers})
@@ -325,19 +318,11 @@ func (k *keyset) verify(token, issuer string, now time.Time) (claims, error) {
 	return c, nil
 }
 
-// mac authenticates what we hand out and get back. It changes with the signing
-// key. Label keeps its uses apart.
-func (k *keyset) mac(label, message string) []byte {
-	h := hmac.New(sha256.New, k.macKey)
-	h.Write([]byte(label + "\x00" + message))
-	return h.Sum(nil)
-}
-
-// algorithms lists those of all keys.
-func (k *keyset) algorithms() (list []string) {
+// each lists what the keys have as this member, once, the signing key's first.
+func (k *keyset) each(member string) (list []string) {
 	for _, p := range k.public {
-		if !slices.Contains(list, p.jwk["alg"]) {
-			list = append(list, p.jwk["alg"])
+		if !slices.Contains(list, p.jwk[member]) {
+			list = append(list, p.jwk[member])
 		}
 	}
 	return list

@@ -92,12 +92,14 @@ const usage = `AgentIdP is an identity provider for AI agents.
   agentidp migrate                    apply the schema as its owner, and make partitions; needs DATABASE_URL alone
   agentidp bootstrap EMAIL            register the first agent, print its client_id and client_secret
   agentidp verify-audit [CHECKPOINT]  check the audit log, also against a checkpoint kept elsewhere
+  agentidp audit-export [FROM_SEQ]    print the audit log as JSON lines while it is checked, and a checkpoint behind it
   agentidp keygen [RS256 | ES256]     print a new signing key, RSA of 2048 bits or P-256
   agentidp healthcheck                ask the server on this machine for its health
   agentidp -version | -h
 
 Variables of the environment, with their defaults; those marked * are required. The first four
-can also be given as NAME_FILE, a file that holds the value.
+can also be given as NAME_FILE, a file that holds the value. On SIGHUP the server reads both keys
+again, and nothing else; where they are not right it says so, and the old ones stay.
 
 `
 
@@ -123,13 +125,22 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 		cfg, _ := loadConfig(getenv) // needs no more of it than the address
 		return checkHealth(cfg.listen())
 	case command == "":
-		do = func(s *server) error { return s.serve(ctx) }
+		hangup := make(chan os.Signal, 1) // from here on: one that comes while it starts must not end it
+		signal.Notify(hangup, syscall.SIGHUP)
+		defer signal.Stop(hangup)
+		do = func(s *server) error { return s.serve(ctx, hangup, getenv) }
 	case command == "migrate":
 		do = func(s *server) error { return s.applySchema(ctx, true) } // fails where others own the tables
 	case len(args) == 2 && args[0] == "bootstrap":
 		do = func(s *server) error { return s.bootstrap(ctx, args[1], stdout) }
 	case len(args) <= 2 && args[0] == "verify-audit" && args[len(args)-1] != "":
 		do = func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout) }
+	case len(args) <= 2 && args[0] == "audit-export":
+		from, err := parseWhole(1, 1<<53)(strings.Join(append(args[1:], "1")[:1], ""))
+		if err != nil {
+			return errors.New("FROM_SEQ must be a whole number, from 1")
+		}
+		do = func(s *server) error { return s.exportAudit(ctx, int64(from), stdout) }
 	default:
 		return fmt.Errorf("%q is no command, or not with these operands; -h lists them", args)
 	}
@@ -139,7 +150,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdout,
 	}
 	cfg, err := loadConfig(getenv, needed...)
 	if err != nil {
-		return err
+		return fmt.Errorf("the environment is not as it must be:\n%w\nto have all of it set up for development: make run", err)
 	}
 	slog.SetDefault(slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
 	s, err := open(ctx, cfg)
@@ -245,10 +256,7 @@ func loadConfig(getenv func(string) string, needed ...string) (config, error) {
 			wrong = append(wrong, fmt.Errorf("%s %s: %s", v.name, fault, v.about))
 		}
 	}
-	if wrong != nil {
-		return cfg, fmt.Errorf("the environment is not as it must be:\n%w\nto have all of it set up for development: make run", errors.Join(wrong...))
-	}
-	return cfg, nil
+	return cfg, errors.Join(wrong...)
 }
 
 // readEnvironment takes the value of each variable, or of the file that
@@ -377,7 +385,7 @@ func (redisLog) Printf(_ context.Context, format string, args ...any) {
 // A server holds nothing that another copy would need.
 type server struct {
 	cfg      config
-	keys     *keyset
+	keys     atomic.Pointer[keyset]
 	db       *pgxpool.Pool // for requests: each holds one connection at most, and waits for nothing with it
 	inner    *pgxpool.Pool // for the recorder and the keeper, which requests must not hold up
 	redis    *cache
@@ -408,9 +416,10 @@ func open(ctx context.Context, cfg config) (*server, error) {
 	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s := &server{
-		cfg: cfg, keys: cfg.keys, db: db, inner: inner, redis: &cache{Client: redis.NewClient(&o)},
+		cfg: cfg, db: db, inner: inner, redis: &cache{Client: redis.NewClient(&o)},
 		vault: newVault(), recorder: newRecorder(inner),
 	}
+	s.keys.Store(cfg.keys)
 	waiting, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for err = s.applySchema(waiting, false); err != nil && waiting.Err() == nil; err = s.applySchema(waiting, false) {
@@ -461,8 +470,21 @@ func (s *server) close() {
 	s.db.Close()
 }
 
-// serve serves until ctx ends, and then finishes what has begun.
-func (s *server) serve(ctx context.Context) error {
+// readKeys takes the keys as they are now; a request that has begun ends with
+// those that it began with. Where they are not right, the old ones stay.
+func (s *server) readKeys(getenv func(string) string) {
+	cfg, err := loadConfig(getenv, "JWT_PRIVATE_KEY", "JWT_PUBLIC_KEY")
+	if err != nil {
+		slog.Error("keys not read, the old ones stay", "error", err)
+		return
+	}
+	s.keys.Store(cfg.keys)
+	slog.Info("keys read", "kids", cfg.keys.each("kid"))
+}
+
+// serve serves until ctx ends, and then finishes what has begun. A hangup has
+// it read the keys again.
+func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func(string) string) error {
 	listener, err := net.Listen("tcp", s.cfg.listen())
 	if err != nil {
 		return fmt.Errorf("%w; PORT and HOST choose another address", err)
@@ -474,10 +496,14 @@ func (s *server) serve(ctx context.Context) error {
 	failed := make(chan error, 1)
 	go func() { failed <- web.Serve(listener) }()
 	slog.Info("serving", "url", s.cfg.issuer, "address", listener.Addr().String(), "version", version())
-	select {
-	case err := <-failed:
-		return fmt.Errorf("serving: %w", err)
-	case <-ctx.Done():
+	for ctx.Err() == nil {
+		select {
+		case err := <-failed:
+			return fmt.Errorf("serving: %w", err)
+		case <-hangup:
+			s.readKeys(getenv)
+		case <-ctx.Done():
+		}
 	}
 	slog.Info("stopping")
 	s.draining.Store(true)
@@ -1203,7 +1229,7 @@ func showOpenAPI(r *request) (any, error) {
 // may be cached before it signs.
 func (s *server) showKeys(r *request) (any, error) {
 	r.out.Set("Cache-Control", "public, max-age=300")
-	return map[string]any{"keys": s.keys.jwks()}, nil
+	return map[string]any{"keys": s.keys.Load().jwks()}, nil
 }
 
 // showMetadata is RFC 8414. Response types, challenge methods and the
@@ -1225,7 +1251,7 @@ func (s *server) showMetadata(r *request) (any, error) {
 		"code_challenge_methods_supported":              []string{"S256"},
 		"scopes_supported":                              ourScopes,
 		"subject_types_supported":                       []string{"public"},
-		"id_token_signing_alg_values_supported":         s.keys.algorithms(),
+		"id_token_signing_alg_values_supported":         s.keys.Load().each("alg"),
 		"token_endpoint_auth_methods_supported":         secret,
 		"introspection_endpoint_auth_methods_supported": secret,
 		"revocation_endpoint_auth_methods_supported":    secret,

@@ -236,7 +236,7 @@ func (v *service) mint(agentID, credentialID string) string {
 	secretID := newID() // where there is no such credential
 	_ = v.db.QueryRow(context.Background(), `select secret_id from credentials where credential_id = $1`, credentialID).Scan(&secretID)
 	now := time.Now().Unix()
-	token, err := v.s.keys.sign(accessToken, claims{
+	token, err := v.s.keys.Load().sign(accessToken, claims{
 		Issuer: v.env["ISSUER"], Subject: agentID, Audience: audience{v.env["ISSUER"]}, ClientID: agentID, Scope: "resumes:read",
 		ID: newID(), IssuedAt: now, Expires: now + 3600, CredentialID: credentialID, SecretID: secretID,
 	})

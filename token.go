@@ -54,7 +54,7 @@ func (s *server) identify(r *request) error {
 	if !strings.EqualFold(scheme, "Bearer") {
 		return errNoToken
 	}
-	c, err := s.keys.verify(strings.TrimLeft(token, " "), s.cfg.issuer, time.Now())
+	c, err := s.keys.Load().verify(strings.TrimLeft(token, " "), s.cfg.issuer, time.Now())
 	if err == nil && !slices.Contains(c.Audience, s.cfg.issuer) {
 		err = fmt.Errorf("a token for %s; ask for one without resource, or for %s too", clip(strings.Join(c.Audience, " ")), s.cfg.issuer)
 	}
@@ -107,7 +107,7 @@ func (s *server) issueToken(r *request) (any, error) {
 		f["aud"] = audience
 	}
 	stored := s.record(r, newEvent(tokenIssued, c.Subject, f)) // goes on while we sign
-	token, err := s.keys.sign(accessToken, c)
+	token, err := s.keys.Load().sign(accessToken, c)
 	if storeErr := stored(); storeErr != nil || err != nil {
 		if counted {
 			s.redis.giveBack(r.Context(), month)
@@ -227,7 +227,7 @@ func (s *server) introspectToken(r *request) (any, error) {
 	if token == "" {
 		return nil, errForm.because("The body lacks token=TOKEN, the one that this is about.")
 	}
-	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
+	c, err := s.keys.Load().verify(token, s.cfg.issuer, time.Now())
 	active := err == nil
 	f := facts{}
 	if active {
@@ -258,7 +258,7 @@ func (s *server) revokeToken(r *request) (any, error) {
 	if token == "" {
 		return nil, errForm.because("The body lacks token=TOKEN, the one that this is about.")
 	}
-	c, err := s.keys.verify(token, s.cfg.issuer, time.Now())
+	c, err := s.keys.Load().verify(token, s.cfg.issuer, time.Now())
 	if err != nil {
 		return struct{}{}, nil
 	}
