@@ -63,7 +63,7 @@ vuln: ## ask the Go vulnerability database about what is used here
 	@$(GO) tool -modfile=tools/go.mod govulncheck ./...
 
 build: ## build ./agentidp: the same bytes wherever it is built, with this Go and of this commit
-	@CGO_ENABLED=0 $(GO) build -trimpath -o agentidp .
+	@CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=$(if $(wildcard .git),true,false) -o agentidp .
 
 # The second clone is built without what was built before.
 deployment: ## build two clones, which must be the same bytes, and check the systemd unit and the script for incidents
@@ -71,7 +71,7 @@ deployment: ## build two clones, which must be the same bytes, and check the sys
 		for clone in one another/place; do git clone -q . "$$dir/$$clone"; done; \
 		$(MAKE) -s -C "$$dir/one" build; GOCACHE="$$dir/cache" $(MAKE) -s -C "$$dir/another/place" build; \
 		cmp "$$dir/one/agentidp" "$$dir/another/place/agentidp"; \
-		"$$dir/one/agentidp" -version | grep -F "$$revision"
+		"$$dir/one/agentidp" -version | grep -F "$$revision" || { echo "-version does not say $$revision" >&2; exit 1; }
 	@if command -v systemd-analyze >/dev/null; then \
 		out=$$(systemd-analyze security --no-pager --offline=true --threshold=25 docs/devops/agentidp.service) || { echo "$$out"; exit 1; }; \
 		echo "$$out" | tail -n 1; else echo "no systemd-analyze here: the unit is not checked"; fi

@@ -522,6 +522,52 @@ func TestClientAuthenticationForms(t *testing.T) {
 	}
 }
 
+// Several secrets live side by side, so that one replaces another with no gap;
+// the list says when each expires.
+func TestSecretsAreReplacedWithoutAGap(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id := v.newAgent("resumes:read")
+	path := "/agents/" + id + "/credentials"
+	at := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(millis) }
+	listed := func() map[string]string { // credentialId to status and expiry
+		list := map[string]string{}
+		for _, entry := range v.want(v.api(v.bearer, "GET", path, ""), 200, "").body["data"].([]any) {
+			c := entry.(map[string]any)
+			list[c["credentialId"].(string)] = fmt.Sprint(c["status"], " ", c["expiresAt"])
+		}
+		return list
+	}
+	oldID, old := v.newCredential(id)
+	ofOld := v.token(id, old, "")
+	ends := at(time.Hour)
+	made := v.want(v.api(v.bearer, "POST", path, `{"expiresAt":"`+ends+`"}`), 201, "")
+	nextID, next := made.text("credentialId"), made.text("clientSecret")
+	if got, want := listed(), (map[string]string{oldID: "active <nil>", nextID: "active " + ends}); !maps.Equal(got, want) {
+		t.Errorf("listed are %v, want %v", got, want)
+	}
+	ofNext := v.token(id, next, "")
+	v.token(id, old, "") // while clients are given the next one
+	v.want(v.api(v.bearer, "DELETE", path+"/"+oldID, ""), 204, "")
+	v.want(v.grant(id, old, ""), 401, "invalid_client")
+	if v.active(ofOld) || !v.active(ofNext) {
+		t.Error("the old secret's token lives, or the next one's doesn't")
+	}
+	// An expired one is refused, and listed with when that was; a rotation sets it anew.
+	expired := at(-time.Second)
+	when, _ := time.Parse(millis, expired)
+	v.setExpiry(nextID, when)
+	v.want(v.grant(id, next, ""), 401, "invalid_client")
+	if got := listed()[nextID]; got != "active "+expired {
+		t.Errorf("an expired credential is listed as %s, want active and %s", got, expired)
+	}
+	turned := v.want(v.api(v.bearer, "POST", path+"/"+nextID+"/rotate", "{}"), 200, "")
+	v.token(id, turned.text("clientSecret"), "")
+	if got := listed()[nextID]; got != "active <nil>" {
+		t.Errorf("rotated without an expiry, it is listed as %s", got)
+	}
+}
+
 // Of concurrent changes of one credential exactly one is the last.
 func TestCredentialRacesHaveOneWinner(t *testing.T) {
 	v := newService(t)

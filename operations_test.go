@@ -180,7 +180,7 @@ func (ro *rotation) load(n int, stop chan struct{}) {
 // settle waits until the load has gone round a few times more.
 func (ro *rotation) settle() {
 	ro.t.Helper()
-	until := ro.rounds.Load() + 12
+	until := ro.rounds.Load() + 6
 	ro.copies[0].eventually("the load goes on", func() bool { return ro.t.Failed() || ro.rounds.Load() >= until })
 }
 
@@ -256,7 +256,7 @@ func rotateByHangup(t *testing.T, old, next string) {
 	ro.settle()
 	close(stop)
 	group.Wait()
-	if len(ro.signed) != 2 || ro.signed[kids[0]] < 12 || ro.signed[kids[0]] != ofOld || ro.signed[kids[1]] < 12 {
+	if len(ro.signed) != 2 || ro.signed[kids[0]] < 6 || ro.signed[kids[0]] != ofOld || ro.signed[kids[1]] < 6 {
 		t.Errorf("the kids have signed %v (%d the old one when it was retired), want many of %q", ro.signed, ofOld, kids)
 	}
 	for i, v := range ro.copies {
