@@ -5,6 +5,7 @@ BENCHTIME = 2s
 FUZZTIME = 30s
 TESTFLAGS =
 ANSWERS = $(CURDIR)/answers.jsonl
+METRICS = $(CURDIR)/metrics.prom
 
 # Recipes end in exec, so that Ctrl-C, or a SIGTERM sent to make, reaches the program itself. Should make be killed, the kernel
 # tells the program.
@@ -25,15 +26,25 @@ help: ## list these
 run: ## start everything on http://localhost:3000, and print a client and a curl line for a token
 	@exec $(call tied,TERM) ./dev.sh
 
-# All tests, not some, leave a record of the answers for 'make openapi'.
+# All tests, not some, leave a record of the answers for 'make openapi', and metrics of a busy copy for 'make promtool'.
 test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
-	@$(services) $(for_tests) env ANSWERS="$(if $(TESTFLAGS),,$(ANSWERS))" $(go_test) -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
+	@$(services) $(for_tests) env ANSWERS="$(if $(TESTFLAGS),,$(ANSWERS))" METRICS="$(if $(TESTFLAGS),,$(METRICS))" \
+		$(go_test) -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
 
 $(ANSWERS): $(wildcard *.go) schema.sql
 	@$(MAKE) test TESTFLAGS=
 
 openapi: $(ANSWERS) ## hold openapi.yaml, and every answer in the tests, to each other
 	@$(GO) run -C acceptance/openapi . "$(CURDIR)/openapi.yaml" "$(ANSWERS)"
+
+$(METRICS): $(ANSWERS)
+	@test -e $@ || $(MAKE) test TESTFLAGS=
+
+promtool: $(METRICS) ## hold the metrics of a copy in the tests, and the alert rules, to Prometheus's own checker
+	@command -v promtool >/dev/null || ./with-services.sh --install prometheus
+	@promtool check rules docs/devops/alerts.yml
+	@promtool test rules docs/devops/alerts_test.yml
+	@promtool check metrics <"$(METRICS)"
 
 soak: gcc ## run all tests at their full length, then each fuzz target (FUZZTIME=30s)
 	@$(services) $(for_tests) env SOAK=1 $(go_test) -race -shuffle=on -timeout 90m $(TESTFLAGS) ./...
@@ -83,4 +94,4 @@ gcc:
 	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
 	@command -v curl >/dev/null || ./with-services.sh --install curl
 
-.PHONY: help run test openapi soak acceptance bench fuzz cover lint vuln build deployment gcc
+.PHONY: help run test openapi promtool soak acceptance bench fuzz cover lint vuln build deployment gcc

@@ -295,10 +295,15 @@ func insertAgent(ctx context.Context, db querier, q registration) (agent, error)
 		values ($1, $2, $3, $4, $5, $6, $7)
 		returning `+agentColumns,
 		newID(), q.Email, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv)
-	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok && pgErr.ConstraintName == "agents_email" {
+	if isEmailTaken(err) {
 		return a, errAgentExists
 	}
 	return a, err
+}
+
+func isEmailTaken(err error) bool {
+	refusal, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && refusal.ConstraintName == "agents_email"
 }
 
 const forUpdate = `

@@ -130,7 +130,7 @@ func (e *event) sum() digest {
 // appendEvents links events to the end of the chain. It holds the lock of the
 // chain until tx ends, so any number of copies write one chain, and it is the
 // last that a transaction does: whoever holds the lock waits for nothing.
-func appendEvents(ctx context.Context, tx pgx.Tx, events []event) error {
+func appendEvents(ctx context.Context, tx pgx.Tx, events []event, m *meter) error {
 	last, now := event{PrevHash: make(digest, sha256.Size)}, moment{}
 	head := &pgx.Batch{}
 	// The time-out is for a copy that stops for good while it holds the lock.
@@ -161,6 +161,7 @@ func appendEvents(ctx context.Context, tx pgx.Tx, events []event) error {
 	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 		return fmt.Errorf("appending to the audit log: %w", err)
 	}
+	m.head.Store(last.Seq)
 	return nil
 }
 
@@ -169,6 +170,7 @@ func appendEvents(ctx context.Context, tx pgx.Tx, events []event) error {
 // stored at once.
 type recorder struct {
 	db    *pgxpool.Pool // not shared with requests, which wait for it
+	meter *meter
 	queue chan entry
 	done  chan struct{}
 }
@@ -184,8 +186,8 @@ const (
 	batchSize = 256
 )
 
-func newRecorder(db *pgxpool.Pool) *recorder {
-	rec := &recorder{db: db, queue: make(chan entry, queueSize), done: make(chan struct{})}
+func newRecorder(db *pgxpool.Pool, m *meter) *recorder {
+	rec := &recorder{db: db, meter: m, queue: make(chan entry, queueSize), done: make(chan struct{})}
 	go rec.run()
 	return rec
 }
@@ -221,7 +223,11 @@ func (rec *recorder) store(batch []entry) error {
 	for i, e := range batch {
 		events[i] = e.event
 	}
-	return transact(ctx, rec.db, func(tx pgx.Tx) error { return appendEvents(ctx, tx, events) })
+	begun := time.Now()
+	err := transact(ctx, rec.db, func(tx pgx.Tx) error { return appendEvents(ctx, tx, events, rec.meter) })
+	rec.meter.add(float64(len(batch)), "agentidp_audit_batch_events", "")
+	rec.meter.add(time.Since(begun).Seconds(), "agentidp_audit_commit_duration_seconds", "")
+	return err
 }
 
 // record hands an event over and returns the function that waits until it is

@@ -187,7 +187,7 @@ func (v *service) checkChain() []servedEvent {
 func (v *service) verifyAudit(checkpoint ...string) (stdout string, err error) {
 	v.t.Helper()
 	var out bytes.Buffer
-	err = run(v.t.Context(), append([]string{"verify-audit"}, checkpoint...), func(name string) string { return v.env[name] }, &out, testLog)
+	err = run(v.t.Context(), append([]string{"verify-audit"}, checkpoint...), lookup(v.env), &out, testLog)
 	return out.String(), err
 }
 
@@ -1136,7 +1136,7 @@ func TestCheckpointIsTakenOnlyFromItsIssuer(t *testing.T) {
 	w := *v // the operator's command after the signing key was changed
 	w.env = maps.Clone(v.env)
 	w.env["JWT_PRIVATE_KEY"] = string(otherPEM)
-	cfg, err := loadConfig(func(name string) string { return w.env[name] })
+	cfg, err := loadConfig(lookup(w.env))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -326,6 +326,9 @@ func (s *server) authenticateClient(r *request) error {
 		}
 	}
 	right := o.hash != "" && s.vault.known(o.hash, plain)
+	if right {
+		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="warm"`)
+	}
 	if right && o.refusal() == nil {
 		r.caller = o.caller
 		return nil
@@ -337,9 +340,11 @@ func (s *server) authenticateClient(r *request) error {
 	}
 	if v.state == "limited" {
 		v.setHeaders(r.out)
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
 		return errAddressLimited
 	}
 	if !right && o.hash != "" {
+		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="cold"`)
 		right, err = s.vault.compare(r.Context(), o.hash, plain)
 	}
 	if err != nil || right && o.refusal() == nil {

@@ -534,7 +534,7 @@ func TestExampleEnvironmentIsAccepted(t *testing.T) {
 			env[name] = value
 		}
 	}
-	cfg, err := loadConfig(func(name string) string { return env[name] })
+	cfg, err := loadConfig(lookup(env))
 	if err != nil {
 		t.Fatalf("the example is refused: %v", err)
 	}

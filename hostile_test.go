@@ -1075,7 +1075,7 @@ func FuzzForwardedAddress(f *testing.F) {
 // A stranger gets an answer of ours for any method, path and header that
 // net/http lets through, and nothing but what is public.
 func FuzzFront(f *testing.F) {
-	s := &server{vault: newVault(), cfg: config{issuer: testIssuer, corsOrigin: hostileOrigin}}
+	s := &server{vault: newVault(), meter: newMeter(), cfg: config{issuer: testIssuer, corsOrigin: hostileOrigin}}
 	s.keys.Store(mustReadKeys(f, testKey(), ""))
 	for _, rt := range s.routes() {
 		method, path, _ := strings.Cut(rt.pattern, " ")

@@ -644,7 +644,7 @@ func command(ctx context.Context, env map[string]string, stderr io.Writer, args 
 	before := slog.Default()
 	defer slog.SetDefault(before)
 	var out bytes.Buffer
-	err = run(ctx, args, func(name string) string { return env[name] }, &out, stderr)
+	err = run(ctx, args, lookup(env), &out, stderr)
 	return out.String(), err
 }
 
@@ -700,12 +700,13 @@ func TestVariablesAreChecked(t *testing.T) {
 		"RETENTION_DAYS":        {"-1", "0", "many", "36501"},
 		"CORS_ORIGIN":           {"*", "null", "https://a.example/", "https://a.example https://b.example", "a.example", "https://"},
 		"TRUSTED_PROXIES":       {"10.0.0.1", "10.0.0.0/33", "proxy", "10.0.0.0/8;10.0.0.0/8"},
+		"METRICS_ADDR":          {"9090", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:65536", "127.0.0.1:-1", "http://127.0.0.1:9090", "::1:9090", "127.0.0.1:9090/metrics"},
 		"LOG_LEVEL":             {"loud", "0x"},
 	} {
 		for _, value := range values {
 			env := goodEnvironment()
 			env[name] = value
-			_, err := loadConfig(func(name string) string { return env[name] })
+			_, err := loadConfig(lookup(env))
 			if err == nil || !strings.Contains(err.Error(), name) {
 				t.Errorf("loadConfig with %s=%.60q = %v, want an error that names it", name, value, err)
 			} else if found := secretInLog.FindString(err.Error()); found != "" {
@@ -727,12 +728,13 @@ func TestVariablesAreChecked(t *testing.T) {
 		"RETENTION_DAYS":        {"1", "36500"},
 		"CORS_ORIGIN":           {"https://a.example", "http://localhost:5173"},
 		"TRUSTED_PROXIES":       {"10.0.0.0/8", "10.0.0.0/8,::1/128", " 10.0.0.0/8 , ::1/128 "},
+		"METRICS_ADDR":          {"", "127.0.0.1:0", "0.0.0.0:9090", ":9090", "[::1]:9090", "localhost:9090"},
 		"LOG_LEVEL":             {"debug", "info", "warn", "error", "ERROR"},
 	} {
 		for _, value := range values {
 			env := goodEnvironment()
 			env[name] = value
-			if _, err := loadConfig(func(name string) string { return env[name] }); err != nil {
+			if _, err := loadConfig(lookup(env)); err != nil {
 				t.Errorf("loadConfig with %s=%.60q = %v, want nil", name, value, err)
 			}
 		}
@@ -740,7 +742,7 @@ func TestVariablesAreChecked(t *testing.T) {
 	for value, want := range map[string]time.Duration{"90": 90 * time.Second, "15m": 15 * time.Minute, "": time.Hour} {
 		env := goodEnvironment()
 		env["TOKEN_TTL"] = value
-		if cfg, err := loadConfig(func(name string) string { return env[name] }); err != nil || cfg.tokenTTL != want {
+		if cfg, err := loadConfig(lookup(env)); err != nil || cfg.tokenTTL != want {
 			t.Errorf("loadConfig with TOKEN_TTL=%q has %s (%v), want %s", value, cfg.tokenTTL, err, want)
 		}
 	}
@@ -765,7 +767,7 @@ func TestSecretsCanBeFiles(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			cfg, err := loadConfig(func(name string) string { return env[name] })
+			cfg, err := loadConfig(lookup(env))
 			if row.reading == "" && (err != nil || cfg.database.ConnConfig.Database != "db" || cfg.redis.Password != "canary") {
 				t.Errorf("loadConfig = %v, want nil", err)
 			}
@@ -788,7 +790,7 @@ func TestSecretsCanBeFiles(t *testing.T) {
 			for name, value := range set {
 				env[name] = value
 			}
-			if _, err := loadConfig(func(name string) string { return env[name] }); err == nil || !strings.Contains(err.Error(), name) || strings.Contains(err.Error(), empty) {
+			if _, err := loadConfig(lookup(env)); err == nil || !strings.Contains(err.Error(), name) || strings.Contains(err.Error(), empty) {
 				t.Errorf("loadConfig with %s and its file %s = %v, want an error that names it", name, fault, err)
 			}
 		}
@@ -822,7 +824,7 @@ func TestCommands(t *testing.T) {
 	}
 	good := goodEnvironment()
 	good["JWT_PRIVATE_KEY"] = key
-	if _, err := loadConfig(func(name string) string { return good[name] }); err != nil {
+	if _, err := loadConfig(lookup(good)); err != nil {
 		t.Errorf("run(keygen) made a key that isn't one: %v", err)
 	}
 	if again, _ := command(t.Context(), nil, io.Discard, "keygen"); again == key {
@@ -877,6 +879,9 @@ func serving(t *testing.T, env map[string]string) (v *service, stop func() error
 	}
 	env["HOST"], env["PORT"], _ = net.SplitHostPort(listener.Addr().String())
 	listener.Close()
+	if _, set := env["METRICS_ADDR"]; !set {
+		env["METRICS_ADDR"] = ""
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() {

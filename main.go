@@ -12,6 +12,7 @@
 //	agent.go       agents, and who may change them
 //	audit.go       the chain of events
 //	ratelimit.go   limits, and the script that Redis runs for each request
+//	metrics.go     what is counted for Prometheus
 //	schema.sql     the tables
 package main
 
@@ -80,7 +81,7 @@ var openAPI []byte
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal stops at once
-	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr); err != nil {
+	if err := run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr); err != nil {
 		fmt.Fprintln(os.Stderr, "agentidp:", err)
 		os.Exit(1)
 	}
@@ -104,14 +105,14 @@ again, and nothing else; where they are not right it says so, and the old ones s
 `
 
 // run is the program, with the operating system passed in.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) error {
+func run(ctx context.Context, args []string, getenv func(string) (string, bool), stdout, stderr io.Writer) error {
 	var do func(*server) error
 	command := strings.Join(args, " ")
 	switch {
 	case command == "-h" || command == "-help" || command == "--help":
 		fmt.Fprint(stdout, usage)
 		for _, v := range variables {
-			fmt.Fprintf(stdout, "  %-23s %-6s %s\n", v.name, v.preset, v.about)
+			fmt.Fprintf(stdout, "  %-23s %-14s %s\n", v.name, v.preset, v.about)
 		}
 		return nil
 	case command == "-version" || command == "--version":
@@ -199,6 +200,7 @@ type config struct {
 	maxAgents         int // that are not decommissioned; 0 is no limit
 	retentionDays     int
 	trustedProxies    []netip.Prefix
+	metrics           *net.TCPAddr // where to serve them; nil is nowhere
 	logLevel          slog.Level
 }
 
@@ -223,12 +225,13 @@ var variables = []variable{
 	{"RETENTION_DAYS", "90", "how many days of the audit log are served, from 1"},
 	{"CORS_ORIGIN", "", "origin like https://console.example.com whose pages may call the API; none if empty"},
 	{"TRUSTED_PROXIES", "", "networks whose X-Forwarded-For counts, like 10.0.0.0/8,192.0.2.7/32,::1/128"},
+	{"METRICS_ADDR", "127.0.0.1:9090", "host:port to serve /metrics on, for Prometheus; nowhere if set to nothing"},
 	{"LOG_LEVEL", "info", "debug, info, warn or error"},
 }
 
 // loadConfig reports every fault at once, of the variables that are needed, and
 // repeats no value.
-func loadConfig(getenv func(string) string, needed ...string) (config, error) {
+func loadConfig(getenv func(string) (string, bool), needed ...string) (config, error) {
 	env := readEnvironment(getenv)
 	cfg := config{
 		database:          setting(env, "DATABASE_URL", pgxpool.ParseConfig),
@@ -244,6 +247,7 @@ func loadConfig(getenv func(string) string, needed ...string) (config, error) {
 		retentionDays:     setting(env, "RETENTION_DAYS", parseWhole(1, 36500)),
 		corsOrigin:        setting(env, "CORS_ORIGIN", parseOrigin),
 		trustedProxies:    setting(env, "TRUSTED_PROXIES", parseNetworks),
+		metrics:           setting(env, "METRICS_ADDR", func(v string) (*net.TCPAddr, error) { return net.ResolveTCPAddr("tcp", v) }),
 	}
 	setting(env, "JWT_PUBLIC_KEY", cfg.keys.publish)
 	setting(env, "LOG_LEVEL", func(v string) (any, error) { return nil, cfg.logLevel.UnmarshalText([]byte(v)) })
@@ -261,12 +265,13 @@ func loadConfig(getenv func(string) string, needed ...string) (config, error) {
 
 // readEnvironment takes the value of each variable, or of the file that
 // NAME_FILE names, or what is preset.
-func readEnvironment(getenv func(string) string) *inputs {
+func readEnvironment(getenv func(string) (string, bool)) *inputs {
 	env := newInputs()
 	for i, v := range variables {
-		value, file := getenv(v.name), ""
+		file := ""
+		value, set := getenv(v.name)
 		if i < 4 {
-			file = getenv(v.name + "_FILE")
+			file, _ = getenv(v.name + "_FILE")
 		}
 		if file != "" {
 			content, err := os.ReadFile(file)
@@ -278,7 +283,7 @@ func readEnvironment(getenv func(string) string) *inputs {
 			}
 			value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
 		}
-		if value == "" && v.preset != "*" {
+		if value == "" && v.preset != "*" && !(set && v.name == "METRICS_ADDR") {
 			value = v.preset
 		}
 		if value != "" {
@@ -382,6 +387,41 @@ func (redisLog) Printf(_ context.Context, format string, args ...any) {
 	slog.Debug("redis client", "message", fmt.Sprintf(format, args...))
 }
 
+// asked counts a call to a store.
+func (m *meter) asked(store string, begun time.Time, err error) {
+	m.add(time.Since(begun).Seconds(), "agentidp_store_call_duration_seconds", store)
+	if err != nil && !isEmailTaken(err) {
+		m.add(1, "agentidp_store_errors_total", store)
+	}
+}
+
+// A meter is told by pgx of each query, of each batch, and of who found no
+// connection. The time when it began goes along in the context.
+
+type begunKey struct{}
+
+func (m *meter) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return context.WithValue(ctx, begunKey{}, time.Now())
+}
+func (m *meter) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
+	m.asked(`store="postgres"`, ctx.Value(begunKey{}).(time.Time), data.Err)
+}
+func (m *meter) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
+	return context.WithValue(ctx, begunKey{}, time.Now())
+}
+func (m *meter) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
+func (m *meter) TraceBatchEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceBatchEndData) {
+	m.asked(`store="postgres"`, ctx.Value(begunKey{}).(time.Time), data.Err)
+}
+func (m *meter) TraceAcquireStart(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
+	return ctx
+}
+func (m *meter) TraceAcquireEnd(_ context.Context, _ *pgxpool.Pool, data pgxpool.TraceAcquireEndData) {
+	if data.Err != nil {
+		m.add(1, "agentidp_store_errors_total", `store="postgres"`)
+	}
+}
+
 // A server holds nothing that another copy would need.
 type server struct {
 	cfg      config
@@ -391,6 +431,7 @@ type server struct {
 	redis    *cache
 	vault    *vault
 	recorder *recorder
+	meter    *meter
 
 	postgresUp, redisUp, draining, verifying atomic.Bool
 	inFlight                                 atomic.Int64
@@ -400,6 +441,8 @@ type server struct {
 // for a minute; without Redis the service can do.
 func open(ctx context.Context, cfg config) (*server, error) {
 	redis.SetLogger(redisLog{})
+	meter := newMeter()
+	cfg.database.ConnConfig.Tracer = meter
 	cfg.database.ConnConfig.ConnectTimeout = storeTimeout
 	own := cfg.database.Copy()
 	own.MaxConns = 2
@@ -416,8 +459,8 @@ func open(ctx context.Context, cfg config) (*server, error) {
 	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s := &server{
-		cfg: cfg, db: db, inner: inner, redis: &cache{Client: redis.NewClient(&o)},
-		vault: newVault(), recorder: newRecorder(inner),
+		cfg: cfg, db: db, inner: inner, redis: &cache{Client: redis.NewClient(&o), meter: meter},
+		vault: newVault(), recorder: newRecorder(inner, meter), meter: meter,
 	}
 	s.keys.Store(cfg.keys)
 	waiting, cancel := context.WithTimeout(ctx, time.Minute)
@@ -472,7 +515,7 @@ func (s *server) close() {
 
 // readKeys takes the keys as they are now; a request that has begun ends with
 // those that it began with. Where they are not right, the old ones stay.
-func (s *server) readKeys(getenv func(string) string) {
+func (s *server) readKeys(getenv func(string) (string, bool)) {
 	cfg, err := loadConfig(getenv, "JWT_PRIVATE_KEY", "JWT_PUBLIC_KEY")
 	if err != nil {
 		slog.Error("keys not read, the old ones stay", "error", err)
@@ -484,7 +527,19 @@ func (s *server) readKeys(getenv func(string) string) {
 
 // serve serves until ctx ends, and then finishes what has begun. A hangup has
 // it read the keys again.
-func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func(string) string) error {
+func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func(string) (string, bool)) error {
+	if s.cfg.metrics != nil {
+		listener, err := net.ListenTCP("tcp", s.cfg.metrics)
+		if err != nil {
+			return fmt.Errorf("%w; METRICS_ADDR chooses another address for /metrics", err)
+		}
+		web, mux := s.web(), http.NewServeMux() // for its time-outs
+		mux.HandleFunc("GET /metrics", s.showMetrics)
+		web.Handler = mux
+		defer web.Close()
+		go web.Serve(listener)
+		slog.Info("serving metrics", "address", listener.Addr().String())
+	}
 	listener, err := net.Listen("tcp", s.cfg.listen())
 	if err != nil {
 		return fmt.Errorf("%w; PORT and HOST choose another address", err)
@@ -743,6 +798,12 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 		r.out.Set("Connection", "close")
 	}
 	respond(w, status, body)
+	route := `route="` + rt.pattern + `"`
+	s.meter.add(1, "agentidp_http_requests_total", route+`,status="`+strconv.Itoa(status)+`"`)
+	s.meter.add(time.Since(begun).Seconds(), "agentidp_http_request_duration_seconds", route)
+	if code != "" {
+		s.meter.add(1, "agentidp_refusals_total", `reason="`+code+`"`)
+	}
 	slog.Info("request", "method", clip(in.Method), "route", rt.pattern, "status", status, "code", code,
 		"ms", float64(time.Since(begun).Microseconds())/1000, "requestId", r.id,
 		"clientId", r.caller.agentID, "ip", r.addr.String())
@@ -1143,7 +1204,7 @@ func (s *server) change(r *request, do func(context.Context, *change) (event, er
 		if e, err = e.by(r); err != nil {
 			return err
 		}
-		return appendEvents(ctx, tx, []event{e})
+		return appendEvents(ctx, tx, []event{e}, s.meter)
 	})
 	if err == nil && tx.revokes {
 		s.publish(ctx)

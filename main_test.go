@@ -148,7 +148,7 @@ func newService(t testing.TB, env ...string) *service {
 	ctx := t.Context()
 	v := &service{t: t, env: map[string]string{
 		"JWT_PRIVATE_KEY": testKey(), "DATABASE_URL": newDatabase(t), "REDIS_URL": newRedis(t),
-		"RATE_LIMIT_PER_MINUTE": "0", "MONTHLY_TOKEN_LIMIT": "0", "MAX_AGENTS": "0", "LOG_LEVEL": "debug",
+		"RATE_LIMIT_PER_MINUTE": "0", "MONTHLY_TOKEN_LIMIT": "0", "MAX_AGENTS": "0", "LOG_LEVEL": "debug", "METRICS_ADDR": "",
 	}}
 	for i := 0; i < len(env); i += 2 {
 		v.env[env[i]] = env[i+1]
@@ -199,7 +199,7 @@ func (v *service) start() {
 	if v.env["ISSUER"] == "" {
 		v.env["ISSUER"] = v.url
 	}
-	cfg, err := loadConfig(func(name string) string { return v.env[name] })
+	cfg, err := loadConfig(lookup(v.env))
 	if err != nil {
 		v.t.Fatal(err)
 	}
@@ -216,6 +216,14 @@ func (v *service) start() {
 		s.close()
 	})
 	v.eventually("redis is warm", func() bool { return v.s.redisUp.Load() && v.s.postgresUp.Load() })
+}
+
+// lookup is os.LookupEnv of an environment.
+func lookup(env map[string]string) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		value, set := env[name]
+		return value, set
+	}
 }
 
 // newDatabase makes an empty database that is dropped when the test ends.

@@ -544,8 +544,7 @@ func TestExportStreams(t *testing.T) {
 	}
 	t.Logf("audit-export takes %.1f MB for 200 events, %.1f for %d", few, all, events)
 
-	getenv := func(name string) string { return p.env[name] }
-	if err := run(t.Context(), []string{"audit-export"}, getenv, &brokenPipe{100_000}, testLog); !errors.Is(err, syscall.EPIPE) {
+	if err := run(t.Context(), []string{"audit-export"}, lookup(p.env), &brokenPipe{100_000}, testLog); !errors.Is(err, syscall.EPIPE) {
 		t.Errorf("audit-export into a broken pipe = %v, want its error", err)
 	}
 	cmd := p.build("audit-export")

@@ -337,6 +337,7 @@ func programEnv(database, redis string, env ...string) map[string]string {
 	all := map[string]string{
 		"DATABASE_URL": database, "REDIS_URL": redis, "JWT_PRIVATE_KEY": testKey(), "HOST": "127.0.0.1", "PORT": "0",
 		"ISSUER": "http://idp.test", "RATE_LIMIT_PER_MINUTE": "0", "MONTHLY_TOKEN_LIMIT": "0", "MAX_AGENTS": "0",
+		"METRICS_ADDR": "",
 	}
 	for i := 0; i < len(env); i += 2 {
 		all[env[i]] = env[i+1]
@@ -456,6 +457,15 @@ func (l *programLog) Write(p []byte) (int, error) {
 		l.serving <- string(line[1])
 	}
 	return l.logBuffer.Write(p)
+}
+
+// metrics is the address of its last start, where METRICS_ADDR asks for one.
+func (l *programLog) metrics() string {
+	found := regexp.MustCompile(`"msg":"serving metrics","address":"([^"]+)"`).FindAllStringSubmatch(l.String(), -1)
+	if found == nil {
+		return ""
+	}
+	return found[len(found)-1][1]
 }
 
 // cpu returns the time that the process has spent on its processors.

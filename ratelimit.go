@@ -76,6 +76,7 @@ const redisTimeout = 250 * time.Millisecond
 // asked again until the keeper (token.go) has found it well.
 type cache struct {
 	*redis.Client
+	meter    *meter
 	failures atomic.Int32 // in a row
 	missed   atomic.Int64 // calls that went without Redis in this outage
 }
@@ -104,7 +105,9 @@ func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, ar
 // run calls a script, also while Redis seems lost, and though the request is at
 // its end: that says nothing of Redis. It fails with errNoRedis.
 func (c *cache) run(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
+	begun := time.Now()
 	reply, err := script.Run(context.WithoutCancel(ctx), c.Client, keys, args...).Slice()
+	c.meter.asked(`store="redis"`, begun, err)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errNoRedis, err)
 	}

@@ -70,6 +70,7 @@ func (s *server) identify(r *request) error {
 	case "revoked":
 		return errInvalidToken
 	case "limited":
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="client"`)
 		return errRateLimited
 	}
 	r.caller = caller{
@@ -114,6 +115,7 @@ func (s *server) issueToken(r *request) (any, error) {
 		}
 		return nil, errors.Join(storeErr, err)
 	}
+	s.meter.add(1, "agentidp_tokens_issued_total", "")
 	return map[string]any{
 		"access_token": token, "token_type": "Bearer", "expires_in": expires - now.Unix(), "scope": scope,
 	}, nil
@@ -212,8 +214,10 @@ func (s *server) spend(r *request, month string) (counted bool, err error) {
 	v.setHeaders(r.out)
 	switch v.state {
 	case "limited":
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="client"`)
 		return false, errRateLimited
 	case "spent":
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="quota"`)
 		return false, errQuota.because(fmt.Sprintf("The monthly quota of %d tokens is spent. It resets at %s.",
 			s.cfg.monthlyTokenLimit, moment{nextMonth(time.Now())}))
 	}
@@ -523,6 +527,7 @@ func (s *server) keepWell(ctx context.Context, beat int) error {
 	}
 	s.redisUp.Store(!errors.Is(err, errNoRedis) && !errors.Is(err, errEvicts))
 	if err == nil {
+		s.meter.vouched.Store(time.Now().UnixMilli())
 		s.redis.found()
 	}
 	return err

@@ -58,10 +58,15 @@ install() {
 		echo 'create_main_cluster = false' >>"$cluster"
 		;;
 	esac
-	redis=$(command -v redis-server || :)
+	new=
+	for service in redis-server prometheus; do
+		command -v $service >/dev/null || new="$new $service"
+	done
 	apt "$@"
-	if [ -z "$redis" ] && command -v systemctl >/dev/null; then
-		systemctl --quiet disable redis-server 2>/dev/null || : # nor at the next start of the machine
+	if command -v systemctl >/dev/null; then
+		for service in $new; do
+			systemctl --quiet disable "$service" 2>/dev/null || : # nor at the next start of the machine
+		done
 	fi
 }
 

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"net/http"
+	"runtime"
+	"runtime/metrics"
+	"slices"
+	"sort"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// A meter counts what Prometheus is to know of this copy. Words of ours tell
+// its series apart, never a request's, so there is an end to them.
+type meter struct {
+	begun         time.Time
+	head, vouched atomic.Int64 // seq of the last event appended; when the keeper found Redis warm, in ms since 1970
+	mu            sync.Mutex
+	families      map[string]map[string]*histogram // by name, then by labels
+}
+
+// A histogram counts values by the least bound that they don't exceed. One
+// without bounds is a counter, and its sum is what is shown.
+type histogram struct {
+	bounds []float64
+	counts [16]int64
+	sum    float64
+}
+
+var bounds = map[string][]float64{ // by the unit at the end of a name
+	"_seconds": {.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, math.Inf(1)},
+	"_events":  {1, 2, 4, 8, 16, 32, 64, 128, batchSize, math.Inf(1)},
+}
+
+func newMeter() *meter {
+	return &meter{begun: time.Now(), families: map[string]map[string]*histogram{}}
+}
+
+// add adds to a counter, or a value to a histogram.
+func (m *meter) add(v float64, name, labels string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	h := m.families[name][labels]
+	if h == nil {
+		h = &histogram{bounds: bounds[name[strings.LastIndexByte(name, '_'):]]}
+		if m.families[name] == nil {
+			m.families[name] = map[string]*histogram{}
+		}
+		m.families[name][labels] = h
+	}
+	h.counts[sort.SearchFloat64s(h.bounds, v)]++
+	h.sum += v
+}
+
+// showMetrics is in the text form of Prometheus, version 0.0.4.
+func (s *server) showMetrics(w http.ResponseWriter, _ *http.Request) {
+	m, b, is := s.meter, &strings.Builder{}, map[bool]int{true: 1}
+	number := func(kind, name, help string, v any) {
+		fmt.Fprintf(b, "# HELP %[1]s %[2]s\n# TYPE %[1]s %[3]s\n%[1]s %[4]v\n", name, help, kind, v)
+	}
+	counted := func(kind, name, help string, zero ...string) { // zero are labels to show from the start
+		now := map[string]histogram{}
+		for _, labels := range zero {
+			now[labels] = histogram{}
+		}
+		m.mu.Lock()
+		for labels, h := range m.families[name] {
+			now[labels] = *h
+		}
+		m.mu.Unlock()
+		fmt.Fprintf(b, "# HELP %[1]s %[2]s\n# TYPE %[1]s %[3]s\n", name, help, kind)
+		for _, labels := range slices.Sorted(maps.Keys(now)) {
+			h, n := now[labels], int64(0)
+			for i, bound := range h.bounds {
+				n += h.counts[i]
+				fmt.Fprintf(b, "%s_bucket{%s,le=\"%v\"} %d\n", name, labels, bound, n)
+			}
+			if h.bounds == nil {
+				fmt.Fprintf(b, "%s{%s} %v\n", name, labels, h.sum)
+			} else {
+				fmt.Fprintf(b, "%[1]s_sum{%[2]s} %[3]v\n%[1]s_count{%[2]s} %[4]d\n", name, labels, h.sum, n)
+			}
+		}
+	}
+	counted("counter", "agentidp_http_requests_total", "Requests answered, by pattern of the route and status.")
+	counted("histogram", "agentidp_http_request_duration_seconds", "Time from a request's header to its answer.")
+	number("gauge", "agentidp_http_requests_in_flight", "Requests at work that may wait for a store.", s.inFlight.Load())
+	counted("counter", "agentidp_refusals_total", "Answers that were an error, by its code.", `reason="invalid_client"`, `reason="invalid_token"`)
+	counted("counter", "agentidp_limit_rejections_total", "Requests that a limit refused.", `limit="address"`, `limit="client"`, `limit="quota"`)
+	counted("counter", "agentidp_tokens_issued_total", "Access tokens issued.", "")
+	counted("counter", "agentidp_secret_comparisons_total", "Secrets compared by bcrypt (cold), or known from before (warm).", `kind="cold"`, `kind="warm"`)
+	counted("histogram", "agentidp_store_call_duration_seconds", "Time of a call: a query, a batch of them, a script.")
+	counted("counter", "agentidp_store_errors_total", "Calls that failed, or found no connection.", `store="postgres"`, `store="redis"`)
+	number("gauge", "agentidp_postgres_up", "Whether PostgreSQL could be written to when last tried.", is[s.postgresUp.Load()])
+	number("gauge", "agentidp_redis_up", "Whether Redis answered when last tried, and is set up to keep what it has.", is[s.redisUp.Load()])
+	number("gauge", "agentidp_redis_trusted", "Whether this copy has found within its lease that Redis has all revocations.", is[time.Since(time.UnixMilli(m.vouched.Load())) < lease])
+	counted("histogram", "agentidp_audit_batch_events", "Events stored together for concurrent requests.")
+	counted("histogram", "agentidp_audit_commit_duration_seconds", "Time of the transaction that stores a batch, also where it failed.")
+	number("gauge", "agentidp_audit_queue_events", "Events that wait to be stored.", len(s.recorder.queue))
+	number("gauge", "agentidp_audit_queue_capacity_events", "Events that may wait; more are refused.", queueSize)
+	number("gauge", "agentidp_audit_head_seq", "Seq of the last event that this copy has appended since its start, 0 before the first.", m.head.Load())
+	counted("gauge", "agentidp_build_info", "The version of the service and of Go; always 1.")
+	fmt.Fprintf(b, "agentidp_build_info{version=%q,goversion=%q} 1\n", version(), runtime.Version())
+	number("gauge", "process_start_time_seconds", "When the process started, in seconds since 1970.", m.begun.Unix())
+	values := []metrics.Sample{{Name: "/sched/goroutines:goroutines"}, {Name: "/memory/classes/heap/objects:bytes"}, {Name: "/gc/cycles/total:gc-cycles"}, {Name: "/cpu/classes/gc/pause:cpu-seconds"}}
+	metrics.Read(values)
+	number("gauge", "go_goroutines", "Goroutines that exist.", values[0].Value.Uint64())
+	number("gauge", "go_memstats_heap_alloc_bytes", "Bytes of heap objects, dead ones too until they are swept.", values[1].Value.Uint64())
+	number("counter", "go_gc_cycles_total", "Completed garbage collections.", values[2].Value.Uint64())
+	number("counter", "go_gc_pause_cpu_seconds_total", "Time for which garbage collection stopped the program, times GOMAXPROCS.", values[3].Value.Float64())
+	w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+	strings.NewReplacer("{,", "{", "{}", "").WriteString(w, b.String()) // of no labels
+}
