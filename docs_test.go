@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"go/ast"
 	"go/token"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -185,10 +186,10 @@ func (g *rig) obey(words string) error {
 func (g *rig) unit() (env []string) {
 	g.t.Helper()
 	text := section(g.t, pages+"/agentidp.service", `\[Service\]`, `\[Install\]`)
-	for _, match := range regexp.MustCompile(`(?m)^(Environment|EnvironmentFile=-)=?(.*)$`).FindAllStringSubmatch(text, -1) {
+	for _, match := range regexp.MustCompile(`(?m)^(Environment=|EnvironmentFile=-)(.*)$`).FindAllStringSubmatch(text, -1) {
 		// Credentials are copies of files that are named alike.
 		value := strings.NewReplacer("%d", g.folder, "/etc/agentidp", g.folder).Replace(match[2])
-		if match[1] == "Environment" {
+		if match[1] == "Environment=" {
 			env = append(env, strings.Fields(value)...)
 			continue
 		}
@@ -334,7 +335,7 @@ func TestOperationsPageCanBePasted(t *testing.T) {
 			}
 			g := newRig(t)
 			g.rehearse(append(runBlocks(t, "README.md"), insert(t, page, nights...)...), func(b block) {
-				if strings.Contains(b.text, "agentidp bootstrap") {
+				if strings.Contains(b.text, "idp bootstrap") {
 					g.age()
 				}
 			})
@@ -741,6 +742,29 @@ func TestPagesHaveEveryTimeAndSize(t *testing.T) {
 	if len(table) != len(want) {
 		t.Errorf("architecture.md has %d times and sizes, want %d", len(table), len(want))
 	}
+}
+
+func TestPagesHaveEveryMetricAndAlert(t *testing.T) {
+	names := map[string]bool{}
+	for _, file := range goFiles(t, false) {
+		for _, match := range regexp.MustCompile(`["\x60\n]((?:agentidp|process|go)_[a-z_]+)`).FindAllStringSubmatch(file.text, -1) {
+			names[match[1]] = true
+		}
+	}
+	table := pageTables(t, "operations.md", "## Metrics and alerts")
+	wantSame(t, "operations.md", "metric", table, slices.Sorted(maps.Keys(names)))
+	var alerts []string
+	for _, match := range regexp.MustCompile(`(?s)- alert: (\w+)\n(.*?severity: (\w+))`).FindAllStringSubmatch(readPage(t, "alerts.yml"), -1) {
+		alerts = append(alerts, match[1])
+		row, wait := table["alert "+match[1]], ""
+		if at := regexp.MustCompile(`(?m)^\s*for: (\S+)`).FindStringSubmatch(match[2]); at != nil {
+			wait = at[1]
+		}
+		if row["severity"] != match[3] || row["for"] != wait {
+			t.Errorf("operations.md says %q of the alert %s, want %s and %s", row["all"], match[1], match[3], wait)
+		}
+	}
+	wantSame(t, "operations.md", "alert", table, alerts)
 }
 
 // levels are the functions of slog that log.
