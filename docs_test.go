@@ -1039,3 +1039,56 @@ func TestLinksLeadSomewhere(t *testing.T) {
 		t.Errorf("README.md doesn't link to %s: %v", pages, err)
 	}
 }
+
+// 'make run' is run as pasted, in a copy of the source.
+func TestLocalDevelopmentPageCanBePasted(t *testing.T) {
+	t.Parallel()
+	folder, script := privateFolder(t), "PORT="+steadyPort(t)+"\nexport PORT METRICS_ADDR=\n"
+	var sources []string
+	for _, pattern := range []string{"*.go", "go.*", "*.sql", "*.yaml", "*.sh", "Makefile"} {
+		found, err := filepath.Glob(pattern)
+		if err != nil || found == nil {
+			t.Fatalf("there is no %s: %v", pattern, err)
+		}
+		sources = append(sources, found...)
+	}
+	if out, err := exec.Command("cp", append(sources, folder)...).CombinedOutput(); err != nil {
+		t.Fatalf("copying: %v: %s", err, out)
+	}
+	blocks := runBlocks(t, "local-development.md")
+	if len(blocks) != 2 {
+		t.Fatalf("local-development.md has %d blocks to run, want 2", len(blocks))
+	}
+	for _, b := range blocks {
+		script += b.text
+	}
+	// Should the test end early, the shell is killed, and make with it.
+	tied := folder + "/bin/make"
+	real, err := exec.LookPath("make")
+	if err == nil {
+		err = errors.Join(os.Mkdir(folder+"/bin", 0o700),
+			os.WriteFile(tied, []byte("#!/bin/sh\nexec setpriv --pdeathsig TERM -- "+real+" \"$@\"\n"), 0o700))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sh", "-eu", "-c", script)
+	var out logBuffer
+	cmd.Dir, cmd.Stdout, cmd.Stderr = folder, &out, &out
+	for _, variable := range os.Environ() {
+		if name, _, _ := strings.Cut(variable, "="); !strings.HasSuffix(name, "_URL") && !strings.HasPrefix(name, "MAKE") && name != "MFLAGS" {
+			cmd.Env = append(cmd.Env, variable)
+		}
+	}
+	cmd.Env = append(cmd.Env, "PATH="+folder+"/bin:"+os.Getenv("PATH"))
+	shell := startProcess(t, cmd, syscall.SIGKILL)
+	select {
+	case <-shell.exited:
+	case <-time.After(5 * time.Minute):
+		t.Fatalf("local-development.md doesn't end: %s", &out)
+	}
+	log, _ := os.ReadFile(folder + "/run.log")
+	if shell.err != nil || !strings.Contains(out.String(), `"access_token"`) || !strings.Contains(out.String(), "verified: ") {
+		t.Errorf("local-development.md fails: %v: %s\n%s", shell.err, &out, log)
+	}
+}
