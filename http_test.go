@@ -809,7 +809,7 @@ func TestCommands(t *testing.T) {
 				t.Errorf("run(%q) doesn't list %s", arg, v.name)
 			}
 		}
-		for _, name := range []string{"bootstrap EMAIL", "verify-audit", "keygen", "healthcheck", "-version"} {
+		for _, name := range []string{"bootstrap EMAIL", "verify-audit", "audit-export", "keygen", "healthcheck", "-version"} {
 			if !strings.Contains(out, name) {
 				t.Errorf("run(%q) doesn't list %s", arg, name)
 			}

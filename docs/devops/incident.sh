@@ -13,7 +13,7 @@
 #   TOKEN, AGENT_SECRET       a token and a secret of that agent, which are to be dead then; both optional
 #   BASES                     the URLs of all copies, separated by spaces, where each can be reached by itself; BASE if empty
 #   SINCE                     a day or time like 2026-11-25T03:00:00Z to read the log from; if empty, all that is served
-#   EVIDENCE                  the folder to make; evidence-TIME if empty
+#   EVIDENCE                  the folder to make; evidence-MODE-TIME if empty
 #   DATABASE_URL, ...         the variables of the service. Where DATABASE_URL or DATABASE_URL_FILE is set, the whole log is
 #                             exported from the database, by the program AGENTIDP (agentidp if empty)
 set -eu
@@ -54,7 +54,7 @@ BASES=${BASES:-$BASE}
 for copy in $BASES; do checked copy; done
 
 began=$(date -u +%Y-%m-%dT%H:%M:%SZ)
-dir=${EVIDENCE:-evidence-$(echo "$began" | tr -d :)}
+dir=${EVIDENCE:-evidence-$mode-$(echo "$began" | tr -d :)}
 mkdir "$dir"
 current='it began'
 
@@ -122,7 +122,7 @@ summary() {
 	note "$(wc -l <"$1" | tr -d ' ') events in ${1##*/}"
 	sed -n 's/.*"action":"\([^"]*\)","outcome":"\([^"]*\)","ipAddress":"\([^"]*\)".*/\1 \2 from \3/p' "$1" | sort | uniq -c |
 		while read -r count what; do note "$count of $what"; done
-	sed -n 's/.*"timestamp":"\([^"]*\)".*/\1/p' "$1" | sort | sed -n '1s/^/the first at /p; $s/^/the last at /p' |
+	sed -n 's/.*"timestamp":"\([^"]*\)".*/\1/p' "$1" | sort | sed -n -e '1{s/^/the first at /p;s/^the first at //;}' -e '$s/^/the last at /p' |
 		while read -r line; do note "$line"; done
 }
 
