@@ -282,6 +282,14 @@ func insert(t testing.TB, blocks []block, extras ...extra) []block {
 	return blocks
 }
 
+// anotherDay is how a later session begins: with nothing that the installation
+// has left in the shell.
+var anotherDay = []block{{"the test, after the installation", 0, `
+unset AGENT TOKEN ADMIN BASE BACKUP
+. ./session
+ADMIN=$(token first-agent)
+`}}
+
 func TestInstallCanBePasted(t *testing.T) {
 	t.Parallel()
 	g := newRig(t)
@@ -306,13 +314,16 @@ func (g *rig) wantMode(mode os.FileMode, names ...string) {
 func TestDatabasePageCanBePasted(t *testing.T) {
 	t.Parallel()
 	g := newRig(t)
-	g.rehearse(append(runBlocks(t, "README.md"), runBlocks(t, "database.md")...), nil)
+	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay, runBlocks(t, "database.md")), nil)
 }
 
 func TestSecurityPageCanBePasted(t *testing.T) {
 	t.Parallel()
 	g := newRig(t)
-	g.rehearse(append(runBlocks(t, "README.md"), runBlocks(t, "security.md")...), nil)
+	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay, insert(t, runBlocks(t, "security.md"),
+		extra{"KEYS=keys/old.pub", `
+active "$OLD" | grep '"active":false' # TOKEN_TTL was not waited for
+`})), nil)
 	g.wantMode(0o640, "keys/jwt.pem")
 	g.wantMode(0o600, "database_url", "first-agent", "try-agent")
 }
@@ -334,7 +345,7 @@ func TestOperationsPageCanBePasted(t *testing.T) {
 				t.Fatalf("%d blocks of operations.md are not for %s, want one", all-len(page), from)
 			}
 			g := newRig(t)
-			g.rehearse(append(runBlocks(t, "README.md"), insert(t, page, nights...)...), func(b block) {
+			g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay, insert(t, page, nights...)), func(b block) {
 				if strings.Contains(b.text, "idp bootstrap") {
 					g.age()
 				}
@@ -348,6 +359,7 @@ func TestOperationsPageCanBePasted(t *testing.T) {
 var nights = []extra{
 	{"_before", `
 kept=$(last "$(newest)")
+AGENT=$(sed -n 's/^client_id: //p' try-agent)
 sleep 1 # what is kept is named by the second
 api PATCH "/agents/$AGENT" '{"status": "suspended"}'
 redis get "revoked:$AGENT" | grep '^[1-9]'
@@ -378,7 +390,6 @@ psql -At -c "select count(*) from pg_inherits where inhparent = 'audit_events'::
 	{"shutdown nosave", `
 cmp expired old-month # the month that is old enough, and not the next
 psql -At -c "select count(*) + 1 from pg_inherits where inhparent = 'audit_events'::regclass" | cmp - months
-TOKEN=$(token try-agent)
 REVOKED=$(token try-agent)
 about revoke "$REVOKED"
 active "$REVOKED" | grep '"active":false'
