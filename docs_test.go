@@ -285,6 +285,7 @@ func insert(t testing.TB, blocks []block, extras ...extra) []block {
 // anotherDay is how a later session begins: with nothing that the installation
 // has left in the shell.
 var anotherDay = []block{{"the test, after the installation", 0, `
+env -i sh -euc '. ./session && checkpoint' # as cron does it
 unset AGENT TOKEN ADMIN BASE BACKUP
 . ./session
 ADMIN=$(token first-agent)
@@ -360,7 +361,6 @@ var nights = []extra{
 	{"_before", `
 kept=$(last "$(newest)")
 AGENT=$(sed -n 's/^client_id: //p' try-agent)
-sleep 1 # what is kept is named by the second
 api PATCH "/agents/$AGENT" '{"status": "suspended"}'
 redis get "revoked:$AGENT" | grep '^[1-9]'
 checkpoint
