@@ -86,9 +86,10 @@ deployment: ## build two clones, which must be the same bytes, and check the sys
 		echo "$$out" | tail -n 1; else echo "no systemd-analyze here: the unit is not checked"; fi
 	@if command -v shellcheck >/dev/null; then shellcheck docs/devops/incident.sh; else echo "no shellcheck here: incident.sh is not checked"; fi
 
-# The race detector needs a C compiler.
+# The race detector needs a C compiler, and the operator's pages curl.
 gcc:
 	@command -v $(GO) >/dev/null || { echo "Go is needed (go.mod has the version), and '$(GO)' is not on PATH" >&2; exit 69; }
 	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
+	@command -v curl >/dev/null || ./with-services.sh --install curl
 
 .PHONY: help run test openapi promtool soak acceptance bench fuzz cover lint vuln build deployment gcc

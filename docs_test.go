@@ -1,0 +1,1105 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"go/ast"
+	"go/token"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// The operator's pages, docs/devops, are held to the source, and what they have
+// to paste is pasted.
+
+const pages = "docs/devops"
+
+func readPage(t testing.TB, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(pages, name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// A block of commands of a page that is marked to be run.
+type block struct {
+	page string
+	line int
+	text string
+}
+
+var markedBlock = regexp.MustCompile("(?m)^<!-- run -->\n```sh\n((?s).*?)^```$")
+
+func runBlocks(t testing.TB, page string) (list []block) {
+	t.Helper()
+	text := readPage(t, page)
+	for _, at := range markedBlock.FindAllStringSubmatchIndex(text, -1) {
+		list = append(list, block{page, 2 + strings.Count(text[:at[2]], "\n"), text[at[2]:at[3]]})
+	}
+	if marks := strings.Count(text, "<!-- run"); marks != len(list)+strings.Count(text, "`<!-- run -->`") {
+		t.Errorf("%s has %d marks to run, and %d blocks of sh below one", page, marks, len(list))
+	}
+	return list
+}
+
+// A rig is a machine as an operator has it: a PostgreSQL and a Redis that listen
+// on loopback, the program, and what starts and stops the three of them, which
+// here is the test: its systemctl asks it to.
+type rig struct {
+	t        *testing.T
+	folder   string // where the operator works
+	program  string
+	postgres *postgresServer
+	redis    *process
+	idp      *process
+	log      *programLog
+	ports    map[string]string
+	env      []string
+	asked    chan order
+}
+
+// An order is what systemctl was told, or the line of a page that is reached.
+type order struct {
+	words string
+	done  chan error
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	program, err := builtProgram()
+	template, templateErr := postgresTemplate()
+	if err := errors.Join(err, templateErr); err != nil {
+		t.Fatal(err)
+	}
+	g := &rig{t: t, program: program, ports: map[string]string{}, asked: make(chan order), log: &programLog{serving: make(chan string, 100)}}
+	for _, name := range []string{"postgres", "redis", "idp", "metrics"} {
+		g.ports[name] = steadyPort(t)
+	}
+	g.postgres = postgresFolder(t, "listen_addresses=127.0.0.1", "port="+g.ports["postgres"])
+	if out, err := exec.Command("cp", "-a", template, g.postgres.data()).CombinedOutput(); err != nil {
+		t.Fatalf("copying: %v: %s", err, out)
+	}
+	// The superuser is let in; for all others it is the password that counts.
+	rules := "host all,replication agentidp 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
+	if err := os.WriteFile(filepath.Join(g.postgres.data(), "pg_hba.conf"), []byte(rules), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	g.folder = filepath.Join(g.postgres.folder, "etc")
+	bin := filepath.Join(g.postgres.folder, "bin")
+	systemctl := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		o := order{r.URL.Query().Get("words"), make(chan error, 1)}
+		select {
+		case g.asked <- o:
+		case <-t.Context().Done(): // the test has failed
+			return
+		}
+		select {
+		case err := <-o.done:
+			if err != nil {
+				http.Error(w, err.Error(), 500)
+			}
+		case <-t.Context().Done():
+		}
+	}))
+	t.Cleanup(systemctl.Close)
+	script := "#!/bin/sh\nexec curl -sS --fail-with-body -G --data-urlencode words=\"$*\" " + systemctl.URL + "\n"
+	uid, gid, _, err := postgresUser()
+	err = errors.Join(err, os.Mkdir(g.folder, 0o700), os.Mkdir(bin, 0o755), os.Mkdir(filepath.Join(g.folder, "keys"), 0o750),
+		os.Chown(g.folder, uid, gid), os.Chown(filepath.Join(g.folder, "keys"), uid, gid),
+		os.Symlink(program, filepath.Join(bin, "agentidp")),
+		os.WriteFile(filepath.Join(bin, "systemctl"), []byte(script), 0o755))
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.env = []string{
+		"PATH=" + bin + ":" + os.Getenv("PATH"), "HOME=" + g.folder, "TZ=UTC",
+		"PGHOST=127.0.0.1", "PGPORT=" + g.ports["postgres"], "PGUSER=agentidp", "PGDATABASE=postgres", "PGDATA=" + g.postgres.data(),
+		"REDIS_URL=redis://default:rehearsal@127.0.0.1:" + g.ports["redis"] + "/0",
+		"BASE=http://127.0.0.1:" + g.ports["idp"], "PORT=" + g.ports["idp"], "METRICS_ADDR=127.0.0.1:" + g.ports["metrics"], "BACKUP=" + filepath.Join(g.folder, "elsewhere"),
+	}
+	for _, name := range []string{"postgresql", "redis-server"} {
+		if err := g.obey("start " + name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return g
+}
+
+// command is run by the user who also runs PostgreSQL, which refuses root.
+func (g *rig) command(name string, args ...string) *exec.Cmd {
+	cmd := exec.Command(name, args...)
+	owner := *g.postgres.owner
+	cmd.Dir, cmd.Env, cmd.SysProcAttr = g.folder, g.env, &owner
+	return cmd
+}
+
+// obey does what systemctl does.
+func (g *rig) obey(words string) error {
+	switch words {
+	case "start postgresql":
+		g.postgres.launch()
+		return g.listening("postgres")
+	case "stop postgresql":
+		return g.postgres.stop(g.t, syscall.SIGINT)
+	case "start redis-server":
+		program, err := exec.LookPath("redis-server")
+		if err != nil {
+			program = "valkey-server"
+		}
+		g.redis = startProcess(g.t, g.command(program, "--bind", "127.0.0.1", "--port", g.ports["redis"],
+			"--requirepass", "rehearsal", "--maxmemory-policy", "noeviction", "--save", ""), syscall.SIGKILL)
+		return g.listening("redis")
+	case "start agentidp":
+		cmd := g.command(g.program)
+		cmd.Env, cmd.Stderr = append(g.unit(), g.env[0]), g.log
+		g.idp = startProcess(g.t, cmd, syscall.SIGTERM)
+		return nil // as a simple unit, whose start says nothing
+	case "stop agentidp":
+		return g.idp.stop(g.t, syscall.SIGTERM)
+	case "restart agentidp":
+		return errors.Join(g.obey("stop agentidp"), g.obey("start agentidp"))
+	case "reload agentidp":
+		return g.idp.cmd.Process.Signal(syscall.SIGHUP)
+	}
+	return fmt.Errorf("%q is nothing that systemctl does here", words)
+}
+
+// unit returns the variables that the systemd unit gives the service.
+func (g *rig) unit() (env []string) {
+	g.t.Helper()
+	text := section(g.t, pages+"/agentidp.service", `\[Service\]`, `\[Install\]`)
+	for _, match := range regexp.MustCompile(`(?m)^(Environment=|EnvironmentFile=-)(.*)$`).FindAllStringSubmatch(text, -1) {
+		// Credentials are copies of files that are named alike.
+		value := strings.NewReplacer("%d", g.folder, "/etc/agentidp", g.folder).Replace(match[2])
+		if match[1] == "Environment=" {
+			env = append(env, strings.Fields(value)...)
+			continue
+		}
+		file, err := os.ReadFile(value)
+		if err != nil {
+			g.t.Fatal(err)
+		}
+		env = append(env, strings.Fields(string(file))...)
+	}
+	return env
+}
+
+// listening waits until a store lets somebody in.
+func (g *rig) listening(name string) error {
+	var err error
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		if name == "postgres" {
+			var conn *pgx.Conn
+			if conn, err = g.connect("postgres"); err == nil {
+				return conn.Close(context.Background())
+			}
+		} else {
+			var conn net.Conn
+			if conn, err = net.Dial("tcp", "127.0.0.1:"+g.ports[name]); err == nil {
+				return conn.Close()
+			}
+		}
+	}
+	return fmt.Errorf("%s does not start: %w", name, err)
+}
+
+// connect is a superuser's way to a database.
+func (g *rig) connect(database string) (*pgx.Conn, error) {
+	return pgx.Connect(context.Background(), "postgres://agentidp@127.0.0.1:"+g.ports["postgres"]+"/"+database)
+}
+
+// rehearse pastes blocks into one shell, which stops where a command fails.
+// Before is called with each block before it is run, and may be nil.
+func (g *rig) rehearse(blocks []block, before func(block)) {
+	g.t.Helper()
+	var script bytes.Buffer
+	for i, b := range blocks {
+		fmt.Fprintf(&script, "systemctl reached %d\n%s\n", i, b.text)
+	}
+	cmd := g.command("sh", "-eu", "-c", script.String())
+	var out logBuffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	shell := startProcess(g.t, cmd, syscall.SIGKILL)
+	at := block{page: "nothing"}
+	limit := time.After(5 * time.Minute)
+	for {
+		select {
+		case o := <-g.asked:
+			var i int
+			if _, err := fmt.Sscanf(o.words, "reached %d", &i); err != nil {
+				o.done <- g.obey(o.words)
+				continue
+			}
+			at = blocks[i]
+			fmt.Fprintf(&out, "== %s, line %d\n", at.page, at.line)
+			if before != nil {
+				before(at)
+			}
+			o.done <- nil
+		case <-shell.exited:
+			if shell.err != nil {
+				g.t.Fatalf("the block at line %d of %s fails: %v\n%s\nthe service: %s", at.line, at.page, shell.err, &out, g.log)
+			}
+			g.t.Logf("%s\nthe service: %s", &out, g.log)
+			return
+		case <-limit:
+			g.t.Fatalf("the block at line %d of %s doesn't end:\n%s\nthe service: %s", at.line, at.page, &out, g.log)
+		}
+	}
+}
+
+// extra are commands of the test's own among those of a page: before the block
+// that has these words.
+type extra struct{ before, commands string }
+
+func insert(t testing.TB, blocks []block, extras ...extra) []block {
+	t.Helper()
+	for _, e := range extras {
+		i := slices.IndexFunc(blocks, func(b block) bool { return strings.Contains(b.text, e.before) })
+		if i < 0 {
+			t.Fatalf("no block has %q", e.before)
+		}
+		blocks = slices.Insert(blocks, i, block{"the test, before " + blocks[i].page, blocks[i].line, e.commands})
+	}
+	return blocks
+}
+
+// anotherDay is how a later session begins: with nothing that the installation
+// has left in the shell.
+var anotherDay = []block{{"the test, after the installation", 0, `
+env -i sh -euc '. ./session && checkpoint' # as cron does it
+unset AGENT TOKEN ADMIN BASE BACKUP
+. ./session
+ADMIN=$(token first-agent)
+`}}
+
+func TestInstallCanBePasted(t *testing.T) {
+	t.Parallel()
+	g := newRig(t)
+	g.rehearse(runBlocks(t, "README.md"), nil)
+	g.wantMode(0o640, "keys/jwt.pem")
+	g.wantMode(0o600, "database_url", "redis_url", "owner_url", "first-agent", "try-agent", "session")
+}
+
+// wantMode wants files that nobody can read who need not.
+func (g *rig) wantMode(mode os.FileMode, names ...string) {
+	g.t.Helper()
+	for _, name := range names {
+		info, err := os.Stat(filepath.Join(g.folder, name))
+		if err != nil {
+			g.t.Error(err)
+		} else if info.Mode() != mode {
+			g.t.Errorf("%s has the mode %o, want %o", name, info.Mode(), mode)
+		}
+	}
+}
+
+func TestDatabasePageCanBePasted(t *testing.T) {
+	t.Parallel()
+	g := newRig(t)
+	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay, runBlocks(t, "database.md")), nil)
+}
+
+func TestSecurityPageCanBePasted(t *testing.T) {
+	t.Parallel()
+	g := newRig(t)
+	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay, insert(t, runBlocks(t, "security.md"),
+		extra{"KEYS=keys/old.pub", `
+active "$OLD" | grep '"active":false' # TOKEN_TTL was not waited for
+`})), nil)
+	g.wantMode(0o640, "keys/jwt.pem")
+	g.wantMode(0o600, "database_url", "first-agent", "try-agent")
+}
+
+// What can be restored from, and what only the other way needs.
+var restores = map[string]string{"a dump": "PGDATA}_before", "a physical backup": "agentidp_before"}
+
+// Between the backup and the restore an agent is suspended, which the restore
+// loses. The checkpoint from after that names the first event that is lost.
+func TestOperationsPageCanBePasted(t *testing.T) {
+	t.Parallel()
+	for from, other := range restores {
+		t.Run(from, func(t *testing.T) {
+			t.Parallel()
+			page := runBlocks(t, "operations.md")
+			all := len(page)
+			page = slices.DeleteFunc(page, func(b block) bool { return strings.Contains(b.text, other) })
+			if len(page) != all-1 {
+				t.Fatalf("%d blocks of operations.md are not for %s, want one", all-len(page), from)
+			}
+			g := newRig(t)
+			g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay, insert(t, page, nights...)), func(b block) {
+				if strings.Contains(b.text, "idp bootstrap") {
+					g.age()
+				}
+			})
+		})
+	}
+}
+
+// nights are what happens between the commands of operations.md, and what must
+// be seen there.
+var nights = []extra{
+	{"_before", `
+kept=$(last "$(newest)")
+AGENT=$(sed -n 's/^client_id: //p' try-agent)
+api PATCH "/agents/$AGENT" '{"status": "suspended"}'
+redis get "revoked:$AGENT" | grep '^[1-9]'
+checkpoint
+`},
+	{"for file in $(ls", `
+redis dbsize | grep -x 0
+`},
+	{"head=", `
+for file in "$BACKUP"/log/*.jsonl; do
+	if [ "$(last "$file")" -le "$kept" ]; then
+		idp verify-audit "$(signed "$file")" | grep -x "extends the checkpoint at seq $(last "$file")"
+	else
+		idp verify-audit "$(signed "$file")" 2>&1 | grep -x "agentidp: the audit log was altered: the first bad seq is $((kept + 1))"
+		lost=$file
+	fi
+done
+`},
+	{"systemctl start agentidp\nhealth ok\nADMIN", `
+[ "$(wc -l <lost-events)" = 1 ]
+grep "\"seq\":$((kept + 1)),\"agentId\":\"$AGENT\".*agent.suspended" lost-events
+! [ -e "$lost" ]
+`},
+	{"-v days=90", `
+api GET "/agents/$AGENT" | grep '"status":"active"' # the suspension was lost
+psql -At -c "select count(*) from pg_inherits where inhparent = 'audit_events'::regclass" >months
+`},
+	{"shutdown nosave", `
+cmp expired old-month # the month that is old enough, and not the next
+psql -At -c "select count(*) + 1 from pg_inherits where inhparent = 'audit_events'::regclass" | cmp - months
+REVOKED=$(token try-agent)
+about revoke "$REVOKED"
+active "$REVOKED" | grep '"active":false'
+`},
+	{"owner migrate\nsystemctl restart", `
+active "$REVOKED" | grep '"active":false'
+redis keys 'revoked:*-*' | grep -v -c warm
+`},
+}
+
+// age makes a log that began long ago: a month with events that are old enough
+// to be dropped, and one behind it in which the first is as old.
+func (g *rig) age() {
+	g.t.Helper()
+	conn, err := g.connect("agentidp")
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	y, m, _ := time.Now().UTC().AddDate(0, 0, -90).Date()
+	last := event{PrevHash: make(digest, 32), Hash: make(digest, 32)}
+	for _, back := range []int{2, 0} {
+		month := time.Date(y, m-time.Month(back), 1, 0, 0, 0, 0, time.UTC)
+		name := "audit_events_" + month.Format("2006_01")
+		sql := fmt.Sprintf(`create table %s partition of audit_events for values from ('%s') to ('%s')`,
+			name, month.Format(time.RFC3339), month.AddDate(0, 1, 0).Format(time.RFC3339))
+		if _, err := conn.Exec(context.Background(), `set role agentidp_owner; `+sql); err != nil {
+			g.t.Fatal(err)
+		}
+		if back > 0 {
+			if err := os.WriteFile(filepath.Join(g.folder, "old-month"), []byte(name+"\n"), 0o644); err != nil {
+				g.t.Fatal(err)
+			}
+		}
+		for range 3 {
+			e := event{EventID: newID(), Seq: last.Seq + 1, Action: authFailed, Outcome: "failure", Metadata: rawJSON(`{}`),
+				Timestamp: moment{month}, PrevHash: last.Hash}
+			e.Hash = e.sum()
+			if _, err := conn.Exec(context.Background(), `
+				insert into audit_events (`+eventColumns+`)
+				values ($1, $2, null, null, $3, $4, '', '', $5, $6, $7, $8)`,
+				e.EventID, e.Seq, e.Action, e.Outcome, string(e.Metadata), month, e.PrevHash, e.Hash); err != nil {
+				g.t.Fatal(err)
+			}
+			last = e
+		}
+	}
+}
+
+// pageTables returns the rows of the tables of a page below a heading, up to
+// the next heading, as readmeTable does. Names are in backticks.
+func pageTables(t *testing.T, page, heading string) map[string]map[string]string {
+	t.Helper()
+	_, section, found := strings.Cut("\n"+readPage(t, page), "\n"+heading+"\n")
+	if !found {
+		t.Fatalf("%s has no heading %q", page, heading)
+	}
+	if i := regexp.MustCompile(`(?m)^#`).FindStringIndex(section); i != nil {
+		section = section[:i[0]]
+	}
+	table := map[string]map[string]string{}
+	var head []string
+	for line := range strings.Lines(section) {
+		line = strings.TrimSpace(line)
+		if !strings.HasPrefix(line, "|") {
+			head = nil
+			continue
+		}
+		cells := strings.Split(strings.Trim(line, "|"), "|")
+		for i := range cells {
+			cells[i] = strings.TrimSpace(cells[i])
+		}
+		if head == nil {
+			head = cells
+			continue
+		}
+		if len(cells) != len(head) {
+			t.Errorf("%s has a row of %d cells under a head of %d: %s", page, len(cells), len(head), line)
+			continue
+		}
+		row := map[string]string{"table": head[0], "all": line}
+		for i, cell := range cells {
+			row[head[i]] = cell
+		}
+		for _, name := range inBackticks(cells[0]) {
+			key := head[0] + " " + name
+			if table[key] != nil {
+				t.Errorf("%s has the %s twice below %q", page, key, heading)
+			}
+			table[key] = row
+		}
+	}
+	return table
+}
+
+// wantSame wants a page to have these names and no others.
+func wantSame(t *testing.T, page, what string, have map[string]map[string]string, want []string) {
+	t.Helper()
+	for _, name := range want {
+		if have[what+" "+name] == nil {
+			t.Errorf("%s lacks the %s %s", page, what, name)
+		}
+	}
+	for key, row := range have {
+		if name := strings.TrimPrefix(key, what+" "); row["table"] == what && !slices.Contains(want, name) {
+			t.Errorf("%s has the %s %s, which there isn't", page, what, name)
+		}
+	}
+}
+
+func TestPagesHaveEveryVariable(t *testing.T) {
+	table := pageTables(t, "environment-variables.md", "# Environment variables")
+	text := readPage(t, "environment-variables.md")
+	var names []string
+	for i, v := range variables {
+		names = append(names, v.name)
+		row := table["variable "+v.name]
+		preset := strings.Trim(row["default"], "`")
+		if row["required"] == "yes" {
+			preset = "*"
+		}
+		if row != nil && preset != v.preset {
+			t.Errorf("environment-variables.md says that the default of %s is %q, want %q (*: required)", v.name, preset, v.preset)
+		}
+		if file := strings.Contains(text, "`"+v.name+"_FILE`"); file != (i < 4) {
+			t.Errorf("that environment-variables.md has %s_FILE is %v", v.name, file)
+		}
+	}
+	wantSame(t, "environment-variables.md", "variable", table, names)
+}
+
+// The example is read as systemd and Docker do, and by a shell.
+func TestExampleEnvironmentIsAccepted(t *testing.T) {
+	t.Parallel()
+	_, example, _ := strings.Cut(readPage(t, "environment-variables.md"), "\n```env\n")
+	example, _, found := strings.Cut(example, "```")
+	if !found {
+		t.Fatal("environment-variables.md has no example")
+	}
+	folder := t.TempDir()
+	example = strings.ReplaceAll(example, "/etc/agentidp", folder)
+	err := errors.Join(os.Mkdir(filepath.Join(folder, "keys"), 0o700), os.WriteFile(filepath.Join(folder, "keys", "jwt.pem"), []byte(testKey()), 0o600),
+		os.WriteFile(filepath.Join(folder, "keys", "jwt.pub"), []byte(publicPEM(t, makeKey("ES256")())), 0o600))
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := map[string]string{}
+	for line := range strings.Lines(example) {
+		if line = strings.TrimSuffix(line, "\n"); line != "" && line[0] != '#' {
+			name, value, found := strings.Cut(line, "=")
+			if !found || strings.TrimSpace(value) != value {
+				t.Errorf("the example has %q", line)
+			}
+			env[name] = value
+		}
+	}
+	cfg, err := loadConfig(lookup(env))
+	if err != nil {
+		t.Fatalf("the example is refused: %v", err)
+	}
+	if len(cfg.keys.jwks()) != 2 {
+		t.Errorf("the example has %d keys, want 2", len(cfg.keys.jwks()))
+	}
+	for _, v := range variables { // it shows them all
+		if env[v.name]+env[v.name+"_FILE"] == "" {
+			t.Errorf("the example lacks %s", v.name)
+		}
+		delete(env, v.name)
+		delete(env, v.name+"_FILE")
+	}
+	if len(env) > 0 {
+		t.Errorf("the example has %v, which is not read", env)
+	}
+}
+
+// plainSQL takes out what PostgreSQL adds to an expression when it shows it.
+func plainSQL(s string) string {
+	s = regexp.MustCompile(`::(text|regclass)\b`).ReplaceAllString(s, "")
+	return strings.ToLower(regexp.MustCompile("[()`]").ReplaceAllString(s, ""))
+}
+
+func TestDatabasePageEqualsTheSchema(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	query := func(sql string, args ...any) (rows [][]string) {
+		t.Helper()
+		found, _ := v.db.Query(t.Context(), sql, args...)
+		rows, err := pgx.CollectRows(found, func(row pgx.CollectableRow) ([]string, error) {
+			values := make([]string, len(row.FieldDescriptions()))
+			at := make([]any, len(values))
+			for i := range values {
+				at[i] = &values[i]
+			}
+			return values, row.Scan(at...)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return rows
+	}
+	const page = "database.md"
+	var tables []string
+	for _, row := range query(`
+		select relname::text from pg_class
+		where relnamespace = 'public'::regnamespace and relkind in ('r', 'p') and not relispartition`) {
+		tables = append(tables, row[0])
+	}
+	if len(tables) != 4 || !strings.Contains(readPage(t, page), "Four tables") {
+		t.Errorf("there are the tables %q", tables)
+	}
+	for _, name := range tables {
+		have, names := pageTables(t, page, "## "+name), map[string][]string{}
+		for _, row := range query(`
+			select attname::text, replace(format_type(atttypid, atttypmod), 'timestamp with time zone', 'timestamptz'),
+				case when attnotnull then 'no' else 'yes' end, coalesce(pg_get_expr(adbin, adrelid), '')
+			from pg_attribute left join pg_attrdef on adrelid = attrelid and adnum = attnum
+			where attrelid = $1::text::regclass and attnum > 0 and not attisdropped`, name) {
+			names["column"] = append(names["column"], row[0])
+			said := have["column "+row[0]]
+			if said["type"] != row[1] || said["null"] != row[2] || plainSQL(said["default"]) != plainSQL(row[3]) {
+				t.Errorf("%s says %q of %s.%s, want %q", page, said["all"], name, row[0], row[1:])
+			}
+		}
+		for _, row := range query(`
+			select c.relname::text, case when indisunique then 'yes' else 'no' end, regexp_replace(pg_get_indexdef(indexrelid), '^.* USING btree ', '')
+			from pg_index join pg_class c on c.oid = indexrelid
+			where indrelid = $1::text::regclass`, name) {
+			names["index"] = append(names["index"], row[0])
+			said := have["index "+row[0]]
+			if said["unique"] != row[1] || plainSQL(said["on"]) != plainSQL(row[2]) {
+				t.Errorf("%s says %q of the index %s, want %q", page, said["all"], row[0], row[1:])
+			}
+		}
+		for _, row := range query(`
+			select conname::text, pg_get_constraintdef(oid)
+			from pg_constraint
+			where conrelid = $1::text::regclass and contype <> 'n'`, name) {
+			names["constraint"] = append(names["constraint"], row[0])
+			demands := have["constraint "+row[0]]["demands"]
+			for _, literal := range regexp.MustCompile(`'[^']*'|\b\d+\b|(?:KEY|REFERENCES) \w*`).FindAllString(row[1], -1) {
+				literal = strings.Trim(strings.TrimPrefix(literal, "REFERENCES "), "'")
+				if strings.HasPrefix(literal, "KEY") {
+					continue
+				}
+				if !strings.Contains(demands, strings.TrimSuffix(literal, "s")) {
+					t.Errorf("%s says that %s demands %q, want %s there: %s", page, row[0], demands, literal, row[1])
+				}
+			}
+		}
+		for _, what := range []string{"column", "index", "constraint"} {
+			wantSame(t, page, what, have, names[what])
+		}
+	}
+	var others []string
+	have := pageTables(t, page, "## Other objects")
+	for _, row := range query(`
+		select relname::text, 'sequence' from pg_class where relnamespace = 'public'::regnamespace and relkind = 'S'
+		union select proname::text, 'function' from pg_proc where pronamespace = 'public'::regnamespace
+		union select tgname::text, 'trigger' from pg_trigger where not tgisinternal
+		union select relname::text, relkind::text from pg_class where relnamespace = 'public'::regnamespace and relkind not in ('r', 'p', 'i', 'I', 'S')`) {
+		others = append(others, row[0])
+		if kind := have["object "+row[0]]["kind"]; kind != row[1] {
+			t.Errorf("%s says that %s is a %q, want a %s", page, row[0], kind, row[1])
+		}
+	}
+	wantSame(t, page, "object", have, others)
+	partition := regexp.MustCompile(`^audit_events_(\d{4}_\d\d|default)$`)
+	parts := query(`select inhrelid::regclass::text from pg_inherits where inhparent = 'audit_events'::regclass`)
+	for _, row := range parts {
+		if !partition.MatchString(row[0]) {
+			t.Errorf("there is the partition %s, of which %s doesn't tell", row[0], page)
+		}
+	}
+	if len(parts) != 14 {
+		t.Errorf("there are %d partitions, want this month's, the next twelve and the default one", len(parts))
+	}
+	var rights []string
+	for key, row := range pageTables(t, page, "## Roles") {
+		for _, right := range strings.Split(row["rights of the service"], ", ") {
+			rights = append(rights, strings.TrimPrefix(key, "object ")+" "+strings.ToUpper(right))
+		}
+	}
+	if slices.Sort(rights); !slices.Equal(rights, grants) {
+		t.Errorf("%s gives the service %q, want %q", page, rights, grants)
+	}
+}
+
+// The commands of the installation give the service what README.md gives it.
+func TestInstallGrantsWhatTheReadmeGrants(t *testing.T) {
+	_, want, _ := strings.Cut(readmeSQL(t), "\n") // the first line makes the role
+	if !strings.Contains(readPage(t, "README.md"), "\n"+want+"END\n") {
+		t.Errorf("%s/README.md doesn't run this: %s", pages, want)
+	}
+}
+
+func TestPagesHaveEveryPort(t *testing.T) {
+	var ports []string
+	add := func(text, pattern string) {
+		t.Helper()
+		found := regexp.MustCompile(pattern).FindAllStringSubmatch(text, -1)
+		if found == nil {
+			t.Errorf("found no port like %s", pattern)
+		}
+		for _, match := range found {
+			ports = append(ports, match[1:]...)
+		}
+	}
+	for _, name := range []string{"docker-compose.yml", "Dockerfile"} {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if name == "Dockerfile" {
+			add(string(text), `EXPOSE (\d+)`)
+		} else {
+			add(string(text), `"127\.0\.0\.1:(\d+):(\d+)"`)
+			add(string(text), `@postgres:(\d+)/`)
+			add(string(text), `redis:(\d+)/`)
+		}
+	}
+	for _, v := range variables {
+		switch v.name {
+		case "PORT":
+			ports = append(ports, v.preset)
+		case "METRICS_ADDR":
+			add(v.preset, `:(\d+)$`)
+		case "DATABASE_URL", "REDIS_URL":
+			add(v.about, `host:(\d+)/`)
+		}
+	}
+	slices.Sort(ports)
+	_, section, _ := strings.Cut(readPage(t, "architecture.md"), "\n## Ports\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	var said []string
+	for _, match := range regexp.MustCompile(`(?m)^\| (\d+) \|`).FindAllStringSubmatch(section, -1) {
+		said = append(said, match[1])
+	}
+	slices.Sort(said)
+	if ports = slices.Compact(ports); !slices.Equal(said, ports) {
+		t.Errorf("architecture.md has the ports %q, want %q", said, ports)
+	}
+}
+
+func TestPagesHaveEveryTimeAndSize(t *testing.T) {
+	want := map[string]any{
+		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "drainTime": drainTime,
+		"lease": lease, "maxBody": maxBody, "maxHeader": maxHeader, "maxInFlight": maxInFlight, "queueSize": queueSize,
+		"batchSize": batchSize, "memoSize": memoSize, "maxTokenTTL": maxTokenTTL, "clockSkew": clockSkew,
+	}
+	table := pageTables(t, "architecture.md", "## Times and sizes")
+	for name, value := range want {
+		said := table["in the source "+name]["is"]
+		if length, ok := value.(time.Duration); ok {
+			if d, err := time.ParseDuration(said); err != nil || d != length {
+				t.Errorf("architecture.md says that %s is %q, want %v", name, said, value)
+			}
+		} else if said != fmt.Sprint(value) {
+			t.Errorf("architecture.md says that %s is %q, want %v", name, said, value)
+		}
+	}
+	if len(table) != len(want) {
+		t.Errorf("architecture.md has %d times and sizes, want %d", len(table), len(want))
+	}
+}
+
+func TestPagesHaveEveryMetricAndAlert(t *testing.T) {
+	names := map[string]bool{}
+	for _, file := range goFiles(t, false) {
+		for _, match := range regexp.MustCompile(`["\x60\n]((?:agentidp|process|go)_[a-z_]+)`).FindAllStringSubmatch(file.text, -1) {
+			names[match[1]] = true
+		}
+	}
+	table := pageTables(t, "operations.md", "## Metrics and alerts")
+	wantSame(t, "operations.md", "metric", table, slices.Sorted(maps.Keys(names)))
+	var alerts []string
+	for _, match := range regexp.MustCompile(`(?s)- alert: (\w+)\n(.*?severity: (\w+))`).FindAllStringSubmatch(readPage(t, "alerts.yml"), -1) {
+		alerts = append(alerts, match[1])
+		row, wait := table["alert "+match[1]], ""
+		if at := regexp.MustCompile(`(?m)^\s*for: (\S+)`).FindStringSubmatch(match[2]); at != nil {
+			wait = at[1]
+		}
+		if row["severity"] != match[3] || row["for"] != wait {
+			t.Errorf("operations.md says %q of the alert %s, want %s and %s", row["all"], match[1], match[3], wait)
+		}
+	}
+	wantSame(t, "operations.md", "alert", table, alerts)
+}
+
+// levels are the functions of slog that log.
+var levels = map[string]string{"Debug": "DEBUG", "Info": "INFO", "Warn": "WARN", "Error": "ERROR"}
+
+func literal(e ast.Expr) string {
+	text := ""
+	if l, ok := e.(*ast.BasicLit); ok && l.Kind == token.STRING {
+		text, _ = strconv.Unquote(l.Value)
+	}
+	return text
+}
+
+func TestPagesHaveEveryLogLine(t *testing.T) {
+	table := pageTables(t, "operations.md", "## Log lines")
+	var messages []string
+	for _, file := range goFiles(t, false) {
+		ast.Inspect(file.File, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			f, ok := call.Fun.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			if from, ok := f.X.(*ast.Ident); !ok || from.Name != "slog" {
+				return true
+			}
+			level := levels[f.Sel.Name]
+			if level == "" {
+				if strings.HasSuffix(f.Sel.Name, "Context") || f.Sel.Name == "Log" || f.Sel.Name == "LogAttrs" {
+					t.Errorf("%s logs by slog.%s, which this test doesn't see through", file.name, f.Sel.Name)
+				}
+				return true
+			}
+			message := literal(call.Args[0])
+			if message == "" {
+				t.Errorf("%s logs a message that is no literal", file.name)
+			}
+			messages = append(messages, message)
+			if said := table["msg "+message]["level"]; table["msg "+message] != nil && said != level {
+				t.Errorf("operations.md says that %q is of level %s, want %s", message, said, level)
+			}
+			return true
+		})
+	}
+	if len(messages) < 10 {
+		t.Fatalf("found only the messages %q", messages)
+	}
+	wantSame(t, "operations.md", "msg", table, messages)
+	for key, row := range table {
+		if row["do"] == "" || row["it means"] == "" {
+			t.Errorf("operations.md says nothing of %s", key)
+		}
+	}
+}
+
+// commands are the functions whose errors are what the program gives up with.
+var commands = []string{"run", "checkHealth", "loadConfig", "readEnvironment", "setting", "open", "serve", "bootstrap", "verifyAudit", "exportAudit"}
+
+var verb = regexp.MustCompile(`%[a-z]`)
+
+// Every error with which the program gives up is there, and what the page has
+// of errors is in the source.
+func TestPagesHaveEveryErrorOfTheStart(t *testing.T) {
+	start := pageTables(t, "operations.md", "## When it does not start")
+	logged := pageTables(t, "operations.md", "### What error says")
+	said := ""
+	for key := range start {
+		said += strings.TrimPrefix(key, "it says ") + "\n"
+	}
+	var source strings.Builder
+	found := 0
+	for _, file := range goFiles(t, false) {
+		ast.Inspect(file.File, func(n ast.Node) bool {
+			if e, ok := n.(ast.Expr); ok {
+				source.WriteString(literal(e) + "\n")
+			}
+			return true
+		})
+		for _, declared := range file.Decls {
+			name := ""
+			if f, ok := declared.(*ast.FuncDecl); ok {
+				name = f.Name.Name
+			} else if v, ok := declared.(*ast.GenDecl); ok && len(v.Specs) == 1 {
+				if spec, ok := v.Specs[0].(*ast.ValueSpec); ok && spec.Names[0].Name == "errNotMigrated" {
+					name = commands[0]
+				}
+			}
+			if !slices.Contains(commands, name) {
+				continue
+			}
+			ast.Inspect(declared, func(n ast.Node) bool {
+				var texts []ast.Expr
+				switch n := n.(type) {
+				case *ast.CallExpr:
+					if f, ok := n.Fun.(*ast.SelectorExpr); ok && (f.Sel.Name == "Errorf" || f.Sel.Name == "New") {
+						texts = n.Args[:1]
+					}
+				case *ast.AssignStmt: // env.faults[name] = "is missing"
+					if at, ok := n.Lhs[0].(*ast.IndexExpr); ok {
+						if of, ok := at.X.(*ast.SelectorExpr); ok && of.Sel.Name == "faults" {
+							texts = n.Rhs
+						}
+					}
+				}
+				for _, e := range texts {
+					if name, ok := e.(*ast.Ident); ok && name.Name == "altered" {
+						e = &ast.BasicLit{Kind: token.STRING, Value: strconv.Quote(altered)}
+					}
+					if sum, ok := e.(*ast.BinaryExpr); ok { // "and " + name + "_FILE are both set"
+						e = sum.Y
+					}
+					for _, piece := range strings.FieldsFunc(verb.ReplaceAllString(literal(e), "\n"), func(c rune) bool { return c == '\n' }) {
+						if piece = strings.Trim(piece, " :"); len(piece) < 5 {
+							continue
+						}
+						if found++; !strings.Contains(said, piece) {
+							t.Errorf("operations.md lacks %q, with which the program may give up (%s)", piece, name)
+						}
+					}
+				}
+				return true
+			})
+		}
+	}
+	if found < 15 {
+		t.Errorf("found only %d errors in the source", found)
+	}
+	for _, table := range []map[string]map[string]string{start, logged} {
+		for key := range table {
+			_, name, _ := strings.Cut(strings.TrimPrefix(key, "in "), " ")
+			for _, piece := range strings.Split(strings.TrimPrefix(name, "says "), "…") {
+				if piece = strings.Trim(piece, " "); piece != "context deadline exceeded" && !strings.Contains(source.String(), strings.TrimSuffix(piece, ":")) {
+					t.Errorf("operations.md has the error %q, which is not in the source", piece)
+				}
+			}
+		}
+	}
+}
+
+// Every key that the service makes in Redis is of one of the patterns of
+// architecture.md, and of each pattern there is one. None lives longer than is
+// said there, and of those whose life is fixed none is much shorter.
+func TestPagesHaveEveryRedisKey(t *testing.T) {
+	t.Parallel()
+	table := pageTables(t, "architecture.md", "## Keys in Redis")
+	wildcards := strings.NewReplacer("<id>", `[0-9a-f-]{36}`, "<client_id>", `[0-9a-f-]{36}`, "<minute>", `\d{8}`,
+		"<address>", `[0-9a-f.:]+`, "<year>", `\d{4}`, "<month>", `\d\d`)
+	type pattern struct {
+		name    string
+		matches *regexp.Regexp
+		most    time.Duration // as the page has it
+		longest time.Duration // that was seen
+	}
+	var patterns []*pattern
+	for key, row := range table {
+		name := strings.TrimPrefix(key, "key ")
+		most, err := time.ParseDuration(inBackticks(row["lifetime"])[0])
+		if err != nil {
+			t.Fatalf("architecture.md has the lifetime %q", row["lifetime"])
+		}
+		patterns = append(patterns, &pattern{name, regexp.MustCompile("^" + wildcards.Replace(name) + "$"), most, -1})
+	}
+	v := newService(t, "RATE_LIMIT_PER_MINUTE", "1000", "MONTHLY_TOKEN_LIMIT", "1000")
+	look := func() {
+		t.Helper()
+		keys, err := v.rdb.Keys(t.Context(), "*").Result()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range keys {
+			life, err := v.rdb.PTTL(t.Context(), key).Result()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if life == -2 { // it has ended since
+				continue
+			}
+			i := slices.IndexFunc(patterns, func(p *pattern) bool { return p.matches.MatchString(key) })
+			if i < 0 {
+				t.Fatalf("there is the key %s, which architecture.md lacks", key)
+			}
+			end := nextMonth(time.Now()).AddDate(0, 0, 1) // of what counts a month
+			if off := time.Until(end) - life; strings.HasPrefix(key, "monthly:") && off.Abs() > time.Minute {
+				t.Errorf("%s ends in %v, want it to end at %v", key, life, end)
+			}
+			if patterns[i].longest = max(patterns[i].longest, life); life < 0 || life > patterns[i].most {
+				t.Fatalf("%s ends in %v, want %v or less", key, life, patterns[i].most)
+			}
+		}
+	}
+	id, secret := v.newClient("a:b", credentialsWrite)
+	token := v.token(id, secret, "")
+	v.want(v.form("", "", "/introspect", "client_id="+id+"&client_secret=sk_live_"+strings.Repeat("0", 64)+"&token=x"), 401, "invalid_client")
+	v.want(v.form(id, secret, "/revoke", "token="+token), 200, "")
+	credential := v.want(v.api(v.bearer, "GET", "/agents/"+id+"/credentials", ""), 200, "").body["data"].([]any)[0].(map[string]any)["credentialId"].(string)
+	v.want(v.api(v.bearer, "POST", "/agents/"+id+"/credentials/"+credential+"/rotate", "{}"), 200, "")
+	v.want(v.api(v.bearer, "DELETE", "/agents/"+id+"/credentials/"+credential, ""), 204, "")
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"status": "suspended"}`), 200, "")
+	look()
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"status": "active"}`), 200, "")
+	if err := v.rdb.Del(t.Context(), warmKey).Err(); err != nil { // a warm-up, which doubts the quotas
+		t.Fatal(err)
+	}
+	v.eventually("the service has warmed Redis up", func() bool { return v.rdb.Exists(t.Context(), warmKey).Val() == 1 })
+	for range 20 {
+		look()
+		time.Sleep(50 * time.Millisecond)
+	}
+	for _, p := range patterns {
+		if p.longest < 0 {
+			t.Errorf("of %s in architecture.md no key was seen", p.name)
+		} else if p.longest < p.most/2 && !strings.HasPrefix(p.name, "monthly:") { // which ends with the month
+			t.Errorf("keys like %s were seen to live for %v, and architecture.md says %v", p.name, p.longest, p.most)
+		}
+	}
+}
+
+var (
+	fenced  = regexp.MustCompile("(?ms)^```.*?^```$")
+	heading = regexp.MustCompile(`(?m)^#+ (.*)$`)
+	linked  = regexp.MustCompile(`\]\(([^)\s]+)\)`)
+)
+
+// anchors are those that GitHub makes of the headings of a page.
+func anchors(text string) (list []string) {
+	for _, match := range heading.FindAllStringSubmatch(fenced.ReplaceAllString(text, ""), -1) {
+		name := strings.ReplaceAll(strings.ToLower(match[1]), " ", "-")
+		list = append(list, regexp.MustCompile(`[^\p{L}\p{N}_-]`).ReplaceAllString(name, ""))
+	}
+	return list
+}
+
+func TestLinksLeadSomewhere(t *testing.T) {
+	names, err := filepath.Glob(pages + "/*.md")
+	if err != nil || len(names) < 7 {
+		t.Fatalf("there are the pages %q, %v", names, err)
+	}
+	index, found := readPage(t, "README.md"), 0
+	for _, name := range append(names, "README.md") {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range linked.FindAllStringSubmatch(fenced.ReplaceAllString(string(text), ""), -1) {
+			file, anchor, _ := strings.Cut(match[1], "#")
+			if strings.Contains(file, "://") {
+				continue
+			}
+			found++
+			target := name
+			if file != "" {
+				target = filepath.Join(filepath.Dir(name), file)
+			}
+			there, err := os.ReadFile(target)
+			if err != nil {
+				t.Errorf("%s links to %s: %v", name, match[1], err)
+			} else if anchor != "" && !slices.Contains(anchors(string(there)), anchor) {
+				t.Errorf("%s links to %s, and there is no such heading", name, match[1])
+			}
+		}
+		if page := filepath.Base(name); filepath.Dir(name) == pages && page != "README.md" && !strings.Contains(index, "]("+page+")") {
+			t.Errorf("%s is not in the index", name)
+		}
+	}
+	if found < 40 {
+		t.Errorf("found only %d links", found)
+	}
+	if text, err := os.ReadFile("README.md"); err != nil || !strings.Contains(string(text), "("+pages+"/README.md)") {
+		t.Errorf("README.md doesn't link to %s: %v", pages, err)
+	}
+}
+
+// 'make run' is run as pasted, in a copy of the source.
+func TestLocalDevelopmentPageCanBePasted(t *testing.T) {
+	t.Parallel()
+	folder, script := privateFolder(t), "PORT="+steadyPort(t)+"\nexport PORT METRICS_ADDR=\n"
+	var sources []string
+	for _, pattern := range []string{"*.go", "go.*", "*.sql", "*.yaml", "*.sh", "Makefile"} {
+		found, err := filepath.Glob(pattern)
+		if err != nil || found == nil {
+			t.Fatalf("there is no %s: %v", pattern, err)
+		}
+		sources = append(sources, found...)
+	}
+	if out, err := exec.Command("cp", append(sources, folder)...).CombinedOutput(); err != nil {
+		t.Fatalf("copying: %v: %s", err, out)
+	}
+	blocks := runBlocks(t, "local-development.md")
+	if len(blocks) != 2 {
+		t.Fatalf("local-development.md has %d blocks to run, want 2", len(blocks))
+	}
+	for _, b := range blocks {
+		script += b.text
+	}
+	// Should the test end early, the shell is killed, and make with it.
+	tied := folder + "/bin/make"
+	real, err := exec.LookPath("make")
+	if err == nil {
+		err = errors.Join(os.Mkdir(folder+"/bin", 0o700),
+			os.WriteFile(tied, []byte("#!/bin/sh\nexec setpriv --pdeathsig TERM -- "+real+" \"$@\"\n"), 0o700))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("sh", "-eu", "-c", script)
+	var out logBuffer
+	cmd.Dir, cmd.Stdout, cmd.Stderr = folder, &out, &out
+	for _, variable := range os.Environ() {
+		if name, _, _ := strings.Cut(variable, "="); !strings.HasSuffix(name, "_URL") && !strings.HasPrefix(name, "MAKE") && name != "MFLAGS" {
+			cmd.Env = append(cmd.Env, variable)
+		}
+	}
+	cmd.Env = append(cmd.Env, "PATH="+folder+"/bin:"+os.Getenv("PATH"))
+	shell := startProcess(t, cmd, syscall.SIGKILL)
+	select {
+	case <-shell.exited:
+	case <-time.After(5 * time.Minute):
+		t.Fatalf("local-development.md doesn't end: %s", &out)
+	}
+	log, _ := os.ReadFile(folder + "/run.log")
+	if shell.err != nil || !strings.Contains(out.String(), `"access_token"`) || !strings.Contains(out.String(), "verified: ") {
+		t.Errorf("local-development.md fails: %v: %s\n%s", shell.err, &out, log)
+	}
+}
