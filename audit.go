@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -183,7 +184,11 @@ func appendEvents(ctx context.Context, tx interface {
 	if whole {
 		tail.Queue(`commit`)
 	}
-	if err := tx.SendBatch(ctx, tail).Close(); err != nil {
+	err := tx.SendBatch(ctx, tail).Close()
+	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Code == "22012" {
+		err = errors.New("the database took an event and did not store it")
+	}
+	if err != nil {
 		return fmt.Errorf("appending to the audit log: %w", err)
 	}
 	m.head.Store(last.Seq)

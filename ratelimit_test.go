@@ -523,7 +523,7 @@ func TestFlushGivesNobodyAFreshQuota(t *testing.T) {
 	// Tokens of another month don't count.
 	other, otherSecret := v.newClient("resumes:read")
 	_, err := v.db.Exec(t.Context(), `
-		insert into audit_events
+		insert into audit_events (event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent, metadata, "timestamp", prev_hash, hash)
 		select gen_random_uuid(), 1000000 + n, $1, null, 'token.issued', 'success', '', '', '{}',
 			date_trunc('month', now() at time zone 'UTC') at time zone 'UTC' - interval '1 millisecond', hash, hash
 		from audit_events, generate_series(1, 10) as n

@@ -9,7 +9,6 @@ import (
 	"crypto/sha512"
 	"crypto/x509"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/pem"
 	"fmt"
 	"hash"
@@ -1218,19 +1217,22 @@ var webWounds = []wound{
 		}
 		good := v.want(v.api(v.bearer, "GET", "/audit?limit=1", ""), 200, "").text("nextCursor")
 		v.want(v.api(v.bearer, "GET", "/audit?limit=1&cursor="+good, ""), 200, "")
-		b, err := base64.RawURLEncoding.DecodeString(good)
-		if err != nil || len(b) < 9 {
+		part := strings.Split(good, ".")
+		if len(part) != 3 || len(part[2]) < 9 {
 			t.Fatalf("the cursor is %q", good)
 		}
-		seq := func(n uint64) string { return string(binary.BigEndian.AppendUint64(nil, n)) }
-		bare := hmac.New(sha256.New, nil)
-		bare.Write(b[:8])
+		sign := func(header string) string { // as a JWT library would, keyed with what is public
+			mac := hmac.New(sha256.New, []byte(v.do("GET", "/.well-known/jwks.json", "").raw))
+			mac.Write([]byte(encode(header) + "." + part[1]))
+			return encode(header) + "." + part[1] + "." + encode(string(mac.Sum(nil)))
+		}
 		for name, cursor := range map[string]string{
-			"another seq": encode(seq(1<<40) + string(b[8:])), "the greatest seq": encode(seq(1<<63-1) + string(b[8:])), "no MAC": encode(string(b[:8])),
-			"a shorter MAC": encode(string(b[:len(b)-1])), "a longer one": encode(string(b) + "\x00"), "zeros": encode(seq(5) + string(make([]byte, 32))),
-			"a MAC without a key": encode(string(b[:8]) + string(bare.Sum(nil))), "a hash": encode(string(b[:8]) + hashOf(string(b[:8]))),
-			"negative": encode(seq(1<<63) + string(b[8:])), "a bit": flipped(good[0]) + good[1:], "SQL": url.QueryEscape("1 or 1=1 --"), "number": "5", "empty": "",
-			"JSON": encode(`{"seq":5}`), "padded": good + "%3D", "a newline": good[:5] + "%0a" + good[5:], "another's": good + "&cursor=" + good, "beside a page": good + "&page=2",
+			"another seq": part[0] + "." + encode(`{"seq":9,"time":1795572309194}`) + "." + part[2], "no seq": part[0] + "." + encode(`{}`) + "." + part[2],
+			"no signature": part[0] + "." + part[1] + ".", "two parts": part[0] + "." + part[1], "a shorter signature": good[:len(good)-4], "a longer one": good + "AAAA",
+			"zeros": part[0] + "." + part[1] + "." + encode(string(make([]byte, 256))), "alg none": encode(`{"alg":"none"}`) + "." + part[1] + ".",
+			"HS256": sign(`{"alg":"HS256","typ":"audit-cursor+jwt"}`), "a token": v.bearer, "a checkpoint": v.checkpoint(),
+			"a bit": flipped(good[0]) + good[1:], "SQL": url.QueryEscape("1 or 1=1 --"), "number": "5", "empty": "",
+			"JSON": encode(`{"seq":5,"time":1}`), "padded": good + "%3D", "a newline": good[:5] + "%0a" + good[5:], "another's": good + "&cursor=" + good, "beside a page": good + "&page=2",
 		} {
 			if a := v.api(v.bearer, "GET", "/audit?limit=1&cursor="+cursor, ""); a.status != 400 || a.code() != "VALIDATION_ERROR" {
 				t.Errorf("%s: %q = %v, want 400", name, cursor, a)
@@ -1334,11 +1336,6 @@ var webWounds = []wound{
 			}
 		}
 	}},
-}
-
-func hashOf(text string) string {
-	sum := sha256.Sum256([]byte(text))
-	return string(sum[:])
 }
 
 // conversation sends something that may be several requests, and returns all
