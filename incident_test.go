@@ -3,13 +3,19 @@ package main
 import (
 	"crypto/sha256"
 	"fmt"
+	"io"
 	"maps"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -253,5 +259,47 @@ func TestIncidentDrill(t *testing.T) {
 	arguments, err := os.ReadFile(filepath.Join(d.folder, "arguments"))
 	if err != nil || len(arguments) == 0 || secretInLog.Match(arguments) {
 		t.Errorf("%v, or a secret or a token was on a command line of curl: %.2000s", err, arguments)
+	}
+}
+
+// What was refused for a moment is neither evidence nor a verdict.
+func TestIncidentDrillTriesAgain(t *testing.T) {
+	t.Parallel()
+	p := newProgram(t, newDatabase(t), newRedis(t))
+	target, err := url.Parse(p.url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	forward := httputil.NewSingleHostReverseProxy(target)
+	var mu sync.Mutex
+	refused := map[string]bool{}
+	front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		first := !refused[r.Method+r.URL.Path]
+		refused[r.Method+r.URL.Path] = true
+		mu.Unlock()
+		if first {
+			w.Header().Set("Retry-After", "1")
+			w.WriteHeader(503)
+			io.WriteString(w, `{"code":"SERVICE_UNAVAILABLE","message":"Too many requests at once; try again."}`+"\n")
+			return
+		}
+		forward.ServeHTTP(w, r)
+	}))
+	defer front.Close()
+	d := newDrill(p)
+	id, secret := p.newClient("resumes:read")
+	token := p.token(id, secret, "")
+	p.want(p.form(id, secret, "/revoke", "token="+token), 200, "")
+	out, evidence, err := d.run("look", "BASE="+front.URL, "AGENT_ID="+id, "TOKEN="+token)
+	if err != nil || !strings.Contains(out, "TOKEN is dead") || !strings.Contains(out, "verified: ") || len(refused) < 5 {
+		t.Fatalf("look = %v and prints %s, want TOKEN dead and the log verified though %v were refused once", err, out, refused)
+	}
+	for _, name := range []string{"concerns.jsonl", "log.jsonl"} {
+		for _, line := range d.lines(evidence, name) {
+			if !seqInLine.MatchString(line) {
+				t.Errorf("%s has the line %s, which is no event", name, line)
+			}
+		}
 	}
 }

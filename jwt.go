@@ -99,7 +99,10 @@ type memo[V any] struct {
 	values map[[sha256.Size]byte]V // by a digest of the argument
 }
 
-const memoSize = 1 << 14
+const (
+	memoSize     = 1 << 14
+	maxMemoBytes = 2 << 10 // of a token; longer ones are opened each time
+)
 
 func (m *memo[V]) get(key [sha256.Size]byte) (v V, ok bool) {
 	m.mu.Lock()
@@ -342,7 +345,9 @@ func (k *keyset) verify(token, issuer string, now time.Time) (claims, error) {
 		if err := k.open(accessToken, token, &c); err != nil {
 			return claims{}, err
 		}
-		k.opened.put(key, c)
+		if len(token) <= maxMemoBytes {
+			k.opened.put(key, c)
+		}
 	}
 	switch {
 	case c.Issuer != issuer:

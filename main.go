@@ -84,6 +84,9 @@ func main() {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(400) // what lives is little
 	}
+	if os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetMemoryLimit(400 << 20)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal stops at once
 	if err := run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr); err != nil {
@@ -136,7 +139,7 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 		defer signal.Stop(hangup)
 		do = func(s *server) error { return s.serve(ctx, hangup, getenv) }
 	case command == "migrate":
-		do = func(s *server) error { return s.applySchema(ctx, true) } // fails where others own the tables
+		do = func(*server) error { return nil } // open has done it
 	case len(args) == 2 && args[0] == "bootstrap":
 		do = func(s *server) error { return s.bootstrap(ctx, args[1], stdout) }
 	case len(args) <= 2 && args[0] == "verify-audit" && args[len(args)-1] != "":
@@ -159,7 +162,7 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 		return fmt.Errorf("the environment is not as it must be:\n%w\nto have all of it set up for development: make run", err)
 	}
 	slog.SetDefault(slog.New(slog.NewJSONHandler(stderr, &slog.HandlerOptions{Level: cfg.logLevel})))
-	s, err := open(ctx, cfg)
+	s, err := open(ctx, cfg, command == "migrate")
 	if err != nil {
 		return err
 	}
@@ -516,7 +519,7 @@ type server struct {
 	cfg      config
 	keys     atomic.Pointer[keyset]
 	db       *pgxpool.Pool // for requests: each holds one connection at most, and waits for nothing with it
-	inner    *pgxpool.Pool // for the recorder and the keeper, which requests must not hold up
+	inner    *pgxpool.Pool // for the recorder, the keeper and lookups, which requests must not hold up
 	redis    *cache
 	vault    *vault
 	recorder *queue[event, bool]
@@ -528,14 +531,16 @@ type server struct {
 }
 
 // open connects to both stores and sees to the schema. It waits for PostgreSQL
-// for a minute; without Redis the service can do.
-func open(ctx context.Context, cfg config) (*server, error) {
+// for a minute; without Redis the service can do. Owner demands that the schema
+// is applied.
+func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	redis.SetLogger(redisLog{})
 	meter := newMeter()
 	cfg.database.ConnConfig.Tracer = meter
 	cfg.database.ConnConfig.ConnectTimeout = storeTimeout
+	cfg.database.PingTimeout = time.Second
 	own := cfg.database.Copy()
-	own.MaxConns = 2
+	own.MaxConns = 3
 	db, dbErr := pgxpool.NewWithConfig(ctx, cfg.database)
 	inner, err := pgxpool.NewWithConfig(ctx, own)
 	if err = errors.Join(dbErr, err); err != nil {
@@ -550,12 +555,11 @@ func open(ctx context.Context, cfg config) (*server, error) {
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s := &server{
 		cfg: cfg, db: db, inner: inner, redis: newCache(&o, meter), meter: meter,
-		vault: newVault(), recorder: newQueue(storeEvents(inner, meter)), lookups: newQueue(loadSecretOwners(db)),
+		vault: newVault(), recorder: newQueue(storeEvents(inner, meter)), lookups: newQueue(loadSecretOwners(inner)),
 	}
 	s.keys.Store(cfg.keys)
-	waiting, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
-	for err = s.applySchema(waiting, false); err != nil && waiting.Err() == nil; err = s.applySchema(waiting, false) {
+	end := time.Now().Add(time.Minute)
+	for err = s.applySchema(ctx, owner); err != nil && ctx.Err() == nil && time.Now().Before(end); err = s.applySchema(ctx, owner) {
 		refusal, ok := errors.AsType[*pgconn.PgError](err)
 		if errors.Is(err, errNotMigrated) || ok && refusal.Code[0] != '5' && refusal.Code[:2] != "40" {
 			break // classes 40, 53, 55 and 57 pass by themselves: deadlock, too busy, locked, starting
@@ -573,26 +577,33 @@ func open(ctx context.Context, cfg config) (*server, error) {
 var errNotMigrated = errors.New("the tables are another role's, and their schema is another version's; let that role run migrate of this version")
 
 // applySchema applies the schema, one copy at a time, and leaves its hash as a
-// comment. Where others own the tables it must be there, unless always is set.
+// comment. Where others own the tables it must be there, unless always is set,
+// which then fails. An index of a large table may take its time.
 func (s *server) applySchema(ctx context.Context, always bool) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	waiting, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	return transact(ctx, s.inner, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, `select pg_advisory_xact_lock($1)`, schemaLock); err != nil {
-			return err
-		}
-		same, sum := false, fmt.Sprintf("schema.sql of SHA-256 %x", sha256.Sum256([]byte(schema)))
-		err := tx.QueryRow(ctx, `
-			select coalesce(obj_description(oid, 'pg_class') = $1, false)
-			from pg_class
-			where oid = to_regclass('audit_events') and not pg_has_role(relowner, 'usage')`, sum).Scan(&same)
-		if errors.Is(err, pgx.ErrNoRows) || always {
-			_, err = tx.Exec(ctx, schema+`comment on table audit_events is '`+sum+`'`)
-		} else if err == nil && !same {
-			err = errNotMigrated
-		}
+	tx, err := s.inner.BeginTx(waiting, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
+	if err != nil {
 		return err
-	})
+	}
+	defer tx.Rollback(ctx) // after a commit, nothing
+	if _, err := tx.Exec(waiting, `select pg_advisory_xact_lock($1)`, schemaLock); err != nil {
+		return err
+	}
+	same, sum := false, fmt.Sprintf("schema.sql of SHA-256 %x", sha256.Sum256([]byte(schema)))
+	err = tx.QueryRow(waiting, `
+		select coalesce(obj_description(oid, 'pg_class') = $1, false)
+		from pg_class
+		where oid = to_regclass('audit_events') and not pg_has_role(relowner, 'usage')`, sum).Scan(&same)
+	if errors.Is(err, pgx.ErrNoRows) || always {
+		_, err = tx.Exec(ctx, schema+`comment on table audit_events is '`+sum+`'`)
+	} else if err == nil && !same {
+		err = errNotMigrated
+	}
+	if err != nil {
+		return err
+	}
+	return tx.Commit(ctx)
 }
 
 // close stores what is recorded and lets go of both stores.
@@ -604,8 +615,8 @@ func (s *server) close() {
 	s.db.Close()
 }
 
-// readKeys takes the keys as they are now; a request that has begun ends with
-// those that it began with. Where they are not right, the old ones stay.
+// readKeys takes the keys as they are now. Where they are not right, the old
+// ones stay.
 func (s *server) readKeys(getenv func(string) (string, bool)) {
 	cfg, err := loadConfig(getenv, "JWT_PRIVATE_KEY", "JWT_PUBLIC_KEY")
 	if err != nil {
@@ -1285,7 +1296,7 @@ type change struct {
 // change does something and records it in one transaction, and returns when
 // what it revoked is refused by every copy. An event without an action is none.
 func (s *server) change(r *request, do func(context.Context, *change) (event, error)) error {
-	ctx, tx := r.Context(), &change{}
+	ctx, tx, head := r.Context(), &change{}, int64(0)
 	err := transact(ctx, s.db, func(begun pgx.Tx) error {
 		tx.Tx = begun
 		e, err := do(ctx, tx)
@@ -1295,8 +1306,12 @@ func (s *server) change(r *request, do func(context.Context, *change) (event, er
 		if e, err = e.by(r); err != nil {
 			return err
 		}
-		return appendEvents(ctx, tx, []event{e}, false, s.meter)
+		head, err = appendEvents(ctx, tx, []event{e}, false)
+		return err
 	})
+	if err == nil {
+		s.meter.head.Store(max(head, s.meter.head.Load()))
+	}
 	if err == nil && tx.revokes {
 		s.publish(ctx)
 	}

@@ -203,7 +203,7 @@ func (v *service) start() {
 	if err != nil {
 		v.t.Fatal(err)
 	}
-	if v.s, err = open(context.Background(), cfg); err != nil {
+	if v.s, err = open(context.Background(), cfg, false); err != nil {
 		v.t.Fatal(err)
 	}
 	stop := v.s.startKeeper()

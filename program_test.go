@@ -453,10 +453,11 @@ type programLog struct {
 var servingLine = regexp.MustCompile(`"msg":"serving".*"address":"([^"]+)"`)
 
 func (l *programLog) Write(p []byte) (int, error) {
+	n, err := l.logBuffer.Write(p)
 	if line := servingLine.FindSubmatch(p); line != nil {
 		l.serving <- string(line[1])
 	}
-	return l.logBuffer.Write(p)
+	return n, err
 }
 
 // metrics is the address of its last start, where METRICS_ADDR asks for one.

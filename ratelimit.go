@@ -128,6 +128,7 @@ func (c *cache) serve(batch []*question[scriptCall, []any]) {
 			q.err = errNoRedis
 		} else if q.answer, q.err = replies[i].Slice(); redis.HasErrorPrefix(q.err, "NOSCRIPT") {
 			q.answer, q.err = c.run(ctx, q.asked.script, q.asked.keys, q.asked.args...)
+			lost = errors.Is(q.err, errNoRedis)
 		}
 		if q.err != nil {
 			c.missed.Add(1)
@@ -136,7 +137,7 @@ func (c *cache) serve(batch []*question[scriptCall, []any]) {
 	}
 	if failure == nil {
 		c.failures.Store(0)
-	} else if !lost && c.failures.Add(1) == 3 {
+	} else if c.failures.Load() < 3 && c.failures.Add(1) == 3 {
 		slog.Error("redis lost: limits let through, revocation asks PostgreSQL", "error", failure)
 	}
 }

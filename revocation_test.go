@@ -30,7 +30,8 @@ type proxy struct {
 	mu     sync.Mutex
 	mode   proxyMode
 	conns  map[net.Conn]bool
-	hook   func() // is called before the hookIn-th message to the store
+	lost   map[net.Conn]bool // what these send goes nowhere, and nobody is told
+	hook   func()            // is called before the hookIn-th message to the store
 	hookIn int
 }
 
@@ -115,6 +116,20 @@ func (p *proxy) join(client net.Conn) {
 	delete(p.conns, store)
 }
 
+// lose has every connection that there is end unseen, as a machine's that lost
+// its power. New ones pass.
+func (p *proxy) lose() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.lost, p.conns = p.conns, map[net.Conn]bool{}
+}
+
+func (p *proxy) swallows(from net.Conn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mode == swallowing || p.lost[from]
+}
+
 // before has a function called before the nth message from now on.
 func (p *proxy) before(n int, hook func()) {
 	p.mu.Lock()
@@ -148,7 +163,7 @@ func (p *proxy) copy(to, from net.Conn, each func()) {
 		if err != nil {
 			return
 		}
-		if p.is(swallowing) {
+		if p.swallows(from) {
 			continue
 		}
 		each()
@@ -676,6 +691,31 @@ func TestRevocationsThatConcernNoTokenAreSwept(t *testing.T) {
 	v.eventually("what has expired is deleted", func() bool { return count(old) == 0 })
 	if count(fresh) != 1 || count(jti(t, token)) != 1 {
 		t.Error("revocations that are still needed are deleted")
+	}
+}
+
+// Where the machine of PostgreSQL is gone without a word and another has its
+// address, the dead connections are not found out one after another.
+func TestDeadConnectionsAreLeftTogether(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"DATABASE_URL": newDatabase(t)}
+	proxy := proxyDatabase(t, env)
+	const idle = 12
+	v := newService(t, "DATABASE_URL", env["DATABASE_URL"]+fmt.Sprintf("&pool_max_conns=%d&pool_min_conns=%d", idle, idle))
+	id, secret := v.newClient("resumes:read")
+	v.token(id, secret, "")
+	v.eventually("the pool has all its connections", func() bool { return v.s.db.Stat().IdleConns() == idle })
+	time.Sleep(1500 * time.Millisecond) // and none was used for so long that it isn't asked whether it lives
+	proxy.lose()
+	begun, served := time.Now(), 0
+	for served < idle && time.Since(begun) < time.Minute {
+		a, b := v.form(id, secret, "", "grant_type=client_credentials"), v.api(v.bearer, "GET", "/agents/"+id, "")
+		if a.status == 200 && b.status == 200 {
+			served++
+		}
+	}
+	if took := time.Since(begun); took > 20*time.Second {
+		t.Errorf("after %d dead connections it took %v until %d requests were served, want the time of a few", idle, took, served)
 	}
 }
 

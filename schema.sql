@@ -84,10 +84,12 @@ create table if not exists audit_events (
     primary key (seq, "timestamp")
 ) partition by range ("timestamp");
 create index if not exists audit_events_timestamp on audit_events ("timestamp");
-create index if not exists audit_events_agent_id on audit_events (agent_id, seq);
--- Counts a client's tokens of this month, where Redis has lost its quota.
-create index if not exists audit_events_issued on audit_events (agent_id, "timestamp")
+-- An agent's events are in two indexes. The first counts its tokens of this
+-- month, too, where Redis has lost its quota.
+create index if not exists audit_events_issued on audit_events (agent_id, seq)
     where action = 'token.issued' and outcome = 'success';
+create index if not exists audit_events_agent_id on audit_events (agent_id, seq)
+    where action <> 'token.issued' or outcome <> 'success';
 -- Any action may be rare. What is most of all is kept small.
 create index if not exists audit_events_tokens on audit_events (seq) where action = 'token.issued';
 create index if not exists audit_events_action on audit_events (action, seq) where action <> 'token.issued';

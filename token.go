@@ -523,6 +523,10 @@ func (s *server) keepWell(ctx context.Context, beat int) error {
 	}
 	cancel()
 	s.postgresUp.Store(err == nil)
+	if err != nil { // else each connection that is dead unseen would cost a time-out, one after another
+		s.db.Reset()
+		s.inner.Reset()
+	}
 	if err == nil {
 		warm, cancel := context.WithTimeout(ctx, time.Minute)
 		err = s.keepWarm(warm)

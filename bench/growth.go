@@ -281,14 +281,17 @@ func (s *stores) benchVerify(ctx context.Context, key string, events int) error 
 	var out bytes.Buffer
 	cmd.Env, cmd.Stdout, cmd.Stderr = s.env(key), &out, os.Stderr
 	begun = time.Now()
-	if err := cmd.Run(); err != nil {
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	most := peak(cmd.Process.Pid)
+	if err := cmd.Wait(); err != nil {
 		return err
 	}
 	took, cpu := time.Since(begun), cmd.ProcessState.UserTime()+cmd.ProcessState.SystemTime()
-	usage := float64(maxRSS(cmd)) / 1e3
 	report(fmt.Sprintf("Verify %d events", events), events, value{float64(events) / took.Seconds(), "events/s"},
 		value{float64(events) / read.Seconds(), "events/s-reading"}, value{float64(events) / (cpu - readCPU).Seconds(), "events/s/core-beyond-reading"},
-		value{usage, "MB"})
+		value{most / 1e6, "MB"})
 	return nil
 }
 

@@ -25,7 +25,7 @@ type job struct {
 	Connections      int
 	Seconds          float64
 	Requests         [][]byte // taken in turn by all connections
-	Once             bool     // stop when each has been sent
+	Count            int      // stop after so many; 0: after Seconds
 }
 
 // A result is what came of it.
@@ -79,7 +79,7 @@ func runLoad(in io.Reader, out io.Writer) error {
 	take := func() (request []byte, ok bool) {
 		mu.Lock()
 		defer mu.Unlock()
-		if j.Once && next == len(j.Requests) {
+		if j.Count > 0 && next == j.Count {
 			return nil, false
 		}
 		request = j.Requests[next%len(j.Requests)]
@@ -104,7 +104,7 @@ func runLoad(in io.Reader, out io.Writer) error {
 			var own []time.Duration
 			var failures int
 			var failure string
-			for j.Once || time.Now().Before(end) {
+			for j.Count > 0 || time.Now().Before(end) {
 				request, ok := take()
 				if !ok {
 					break

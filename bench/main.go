@@ -430,7 +430,7 @@ func benchCold(ctx context.Context) error {
 	for _, secret := range secrets {
 		requests = append(requests, request("POST", "/api/v1/token", basic(sv.id, secret), grant))
 	}
-	cold := job{Network: "tcp", Address: sv.address, Connections: 16, Requests: requests, Once: true}
+	cold := job{Network: "tcp", Address: sv.address, Connections: 16, Requests: requests, Count: len(requests)}
 	r, err := load(cold)
 	if err != nil {
 		return err
@@ -535,14 +535,10 @@ func benchMemory(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	many := make([][]byte, *tokens)
-	for i := range many {
-		many[i] = sv.tokenRequest()
-	}
 	r := result{}
 	for r.Answers < *tokens { // in pieces, so that the load keeps few times
 		n := min(*tokens-r.Answers, 100_000)
-		piece, err := load(job{Network: "tcp", Address: sv.address, Connections: 16, Requests: many[:n], Once: true})
+		piece, err := load(job{Network: "tcp", Address: sv.address, Connections: 16, Requests: [][]byte{sv.tokenRequest()}, Count: n})
 		if err != nil {
 			return err
 		}

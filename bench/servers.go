@@ -238,9 +238,9 @@ func (sv *server) cpu() time.Duration {
 	return time.Duration(ticks(readStat(sv.cmd.Process.Pid), false)) * tick
 }
 
-// memory is its resident memory in bytes.
-func (sv *server) memory() float64 {
-	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", sv.cmd.Process.Pid))
+// memory is a process's resident memory in bytes, 0 when it has ended.
+func memory(pid int) float64 {
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 	m := regexp.MustCompile(`VmRSS:\s+(\d+) kB`).FindSubmatch(status)
 	if m == nil {
 		return 0
@@ -248,6 +248,8 @@ func (sv *server) memory() float64 {
 	kb, _ := strconv.ParseFloat(string(m[1]), 64)
 	return kb * 1024
 }
+
+func (sv *server) memory() float64 { return memory(sv.cmd.Process.Pid) }
 
 // ask sends a request and returns a member of the JSON answer.
 func (sv *server) ask(method, path, auth, form, member string) (string, error) {
@@ -297,10 +299,15 @@ func (sv *server) tokenRequest() []byte {
 	return request("POST", "/api/v1/token", basic(sv.id, sv.secret), grant)
 }
 
-// maxRSS is the most memory that a command had, in kB.
-func maxRSS(cmd *exec.Cmd) int64 {
-	if u, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
-		return u.Maxrss
+// peak waits until a process has ended, and returns the most memory that it had,
+// in bytes.
+func peak(pid int) (most float64) {
+	for {
+		now := memory(pid)
+		if now == 0 {
+			return most
+		}
+		most = max(most, now)
+		time.Sleep(20 * time.Millisecond)
 	}
-	return 0
 }

@@ -78,8 +78,10 @@ ask() {
 	answer=$(curl -q -sS --retry 8 --max-time 60 -w '\n%{http_code}' -K -) || fail "no answer"
 	status=${answer##*"$newline"}
 	answer=${answer%"$newline"*}
+	answer=${answer%"$newline"}
+	answer=${answer##*"$newline"} # what was tried again is before it, and ours is one line
 	case " $1 " in
-	*" $status "*) printf '%s' "$answer" ;;
+	*" $status "*) printf '%s\n' "$answer" ;;
 	*)
 		case $status in
 		2*) answer= ;; # it may have a token
@@ -168,7 +170,8 @@ done
 
 for copy in $BASES; do
 	step "asks the copy $copy"
-	case $(introspect "$copy" "$operator") in
+	is=$(introspect "$copy" "$operator")
+	case $is in
 	'{"active":true,'*) ;;
 	*) fail "$copy does not know the operator's token, so what it says of others proves nothing" ;;
 	esac
@@ -177,7 +180,8 @@ for copy in $BASES; do
 	note "the agent is $is"
 	[ "$mode $is" != 'act active' ] || fail "$copy has the agent active"
 	if [ -n "${TOKEN-}" ]; then
-		case $mode$(introspect "$copy" "$TOKEN") in
+		is=$(introspect "$copy" "$TOKEN")
+		case $mode$is in
 		*'{"active":false}') note "TOKEN is dead" ;;
 		look*) note "TOKEN is alive" ;;
 		*) fail "TOKEN is ALIVE on $copy" ;;
