@@ -694,6 +694,31 @@ func TestRevocationsThatConcernNoTokenAreSwept(t *testing.T) {
 	}
 }
 
+// All of them, in pieces, also where many of the last are lifted.
+func TestWarmUpCopiesEveryRevocation(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	const many = 3500
+	v.exec(fmt.Sprintf(`
+		insert into token_revocations (id, kind, expires_at, lifted, in_redis)
+		select ('00000000-0000-7000-8000-' || lpad(to_hex(n), 12, '0'))::uuid, 'agent', now() + interval '1 hour', n %% 7 = 0 or n > %d, true
+		from generate_series(1, %d) n`, many-300, many))
+	if err := v.rdb.FlushDB(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	v.eventually("Redis is warm again", func() bool { return v.rdb.Exists(t.Context(), warmKey).Val() == 1 })
+	missing := 0
+	for n := 1; n <= many; n++ {
+		value, err := v.rdb.Get(t.Context(), revokedKey(fmt.Sprintf("00000000-0000-7000-8000-%012x", n))).Int()
+		if lifted := n%7 == 0 || n > many-300; err != nil || (value < 0) != lifted {
+			missing++
+		}
+	}
+	if missing != 0 {
+		t.Errorf("of %d revocations %d are missing in Redis, or other than they are", many, missing)
+	}
+}
+
 // Where the machine of PostgreSQL is gone without a word and another has its
 // address, the dead connections are not found out one after another.
 func TestDeadConnectionsAreLeftTogether(t *testing.T) {

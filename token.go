@@ -470,7 +470,7 @@ func (s *server) copyPiece(ctx context.Context, db querier, all bool, after int6
 			greatest(1, ceil(extract(epoch from expires_at - now()) * 1000))::bigint
 		from token_revocations
 		where revision > $1 and expires_at > now() and ($2::boolean or not in_redis)
-		order by revision
+		order by token_revocations.revision
 		limit 1000`, pgx.QueryExecModeExec, after, all)
 	piece, err := pgx.CollectRows(rows, pgx.RowToStructByPos[revocation])
 	if err == nil && len(piece) > 0 {
