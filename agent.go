@@ -129,9 +129,9 @@ func (in *inputs) registration() registration {
 
 // A caller is who sent a request, as it has proved.
 type caller struct {
-	agentID, credentialID, secretID string
-	scopes                          []string // of the token, or all of the agent's where it showed a secret
-	expiresAt                       *moment  // of the secret shown
+	origin
+	scopes    []string // of the token, or all of the agent's where it showed a secret
+	expiresAt *moment  // of the secret shown
 }
 
 // has is true of every caller for "".
@@ -158,11 +158,11 @@ func (s *server) createAgent(r *request) (any, error) {
 		return nil, err
 	}
 	var a agent
-	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
+	err = s.change(r, "", func(ctx context.Context, tx *change) (event, error) {
 		if err := s.checkAgentLimit(ctx, tx); err != nil {
 			return event{}, err
 		}
-		a, err = insertAgent(ctx, tx, q)
+		a, err = insertAgent(ctx, tx, s.newID(), q)
 		return newEvent(agentCreated, a.AgentID, facts{"agent": q}), err
 	})
 	if err == nil {
@@ -189,7 +189,7 @@ func (s *server) listAgents(r *request) (any, error) {
 }
 
 func (s *server) getAgent(r *request) (any, error) {
-	return loadAgent(r.Context(), s.db, r.PathValue("agentId"), "")
+	return loadAgent(r.Context(), s.db, r.PathValue("agentId"))
 }
 
 func (s *server) updateAgent(r *request) (any, error) {
@@ -215,14 +215,14 @@ func (s *server) decommissionAgent(r *request) (any, error) {
 // changeAgent is every change of an agent, its end too.
 func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 	id := r.PathValue("agentId")
-	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
-		old, err := loadAgent(ctx, tx, id, forUpdate)
-		if err != nil {
-			return event{}, err
+	err = s.change(r, id, func(ctx context.Context, tx *change) (event, error) {
+		old, ok := tx.agents[id]
+		if !ok {
+			return event{}, errNoAgent
 		}
-		err = r.caller.mayGrant(old.Capabilities)
+		err := tx.caller.mayGrant(old.Capabilities)
 		if err == nil && q.Capabilities != nil {
-			err = r.caller.mayGrant(*q.Capabilities)
+			err = tx.caller.mayGrant(*q.Capabilities)
 		}
 		if err == nil && old.Status == "decommissioned" {
 			err = errDecommissioned
@@ -242,29 +242,20 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 		if err != nil {
 			return event{}, err
 		}
-		did, err := tx.applyStatus(ctx, old.Status, a)
+		did := agentUpdated
+		switch {
+		case a.Status == old.Status:
+		case a.Status == "active":
+			did = agentReactivated
+		case a.Status == "suspended":
+			did = agentSuspended
+		default:
+			did = agentDecommissioned
+			err = execSQL(ctx, tx, "revoking an agent's credentials", revokeCredentials+`client_id = $1 and status = 'active'`, id)
+		}
 		return newEvent(did, id, facts{"changes": q}), err
 	})
 	return a, err
-}
-
-// applyStatus does what a change of status entails, and names it.
-func (tx *change) applyStatus(ctx context.Context, old string, a agent) (did string, err error) {
-	switch {
-	case a.Status == old:
-		return agentUpdated, nil
-	case a.Status == "active":
-		return agentReactivated, tx.lift(ctx, a.AgentID)
-	case a.Status == "suspended":
-		did = agentSuspended
-	default:
-		did = agentDecommissioned
-		err = execSQL(ctx, tx, "revoking an agent's credentials", revokeCredentials+`client_id = $1 and status = 'active'`, a.AgentID)
-	}
-	if err == nil {
-		_, err = tx.revoke(ctx, "agent", a.AgentID, lastExpiry())
-	}
-	return did, err
 }
 
 // checkAgentLimit holds a lock until the transaction ends, so that of two
@@ -289,12 +280,12 @@ func (s *server) checkAgentLimit(ctx context.Context, tx pgx.Tx) error {
 	return nil
 }
 
-func insertAgent(ctx context.Context, db querier, q registration) (agent, error) {
+func insertAgent(ctx context.Context, db querier, id string, q registration) (agent, error) {
 	a, err := one[agent](ctx, db, nil, "registering agent", `
 		insert into agents (agent_id, email, agent_type, version, capabilities, owner, deployment_env)
 		values ($1, $2, $3, $4, $5, $6, $7)
 		returning `+agentColumns,
-		newID(), q.Email, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv)
+		id, q.Email, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv)
 	if isEmailTaken(err) {
 		return a, errAgentExists
 	}
@@ -306,18 +297,15 @@ func isEmailTaken(err error) bool {
 	return ok && refusal.ConstraintName == "agents_email"
 }
 
-const forUpdate = `
-	for update` // nobody else can change the row until the transaction ends
-
 // loadAgent fails with errNoAgent for what is no id at all, too.
-func loadAgent(ctx context.Context, db querier, id, lock string) (agent, error) {
+func loadAgent(ctx context.Context, db querier, id string) (agent, error) {
 	if !isID(id) {
 		return agent{}, errNoAgent
 	}
 	return one[agent](ctx, db, errNoAgent, "loading agent", `
 		select `+agentColumns+`
 		from agents
-		where agent_id = $1`+lock, id)
+		where agent_id = $1`, id)
 }
 
 // bootstrap registers the first agent, with all of our scopes, and prints its
@@ -335,9 +323,9 @@ func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer
 	if err != nil {
 		return err
 	}
-	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: newID()}
+	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: s.newID()}
 	var a agent
-	err = s.change(operator, func(ctx context.Context, tx *change) (event, error) {
+	err = s.change(operator, "", func(ctx context.Context, tx *change) (event, error) {
 		if err := execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
 			return event{}, err
 		}
@@ -347,10 +335,10 @@ func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer
 		if err != nil || done {
 			return event{}, errors.Join(err, errors.New("an active agent may hold agents:write already; let it register others"))
 		}
-		if a, err = insertAgent(ctx, tx, q); err != nil {
+		if a, err = insertAgent(ctx, tx, s.newID(), q); err != nil {
 			return event{}, err
 		}
-		c, err := insertCredential(ctx, tx, secretRow{newID(), a.AgentID, plain.prefix(), hash, newID(), nil})
+		c, err := insertCredential(ctx, tx, secretRow{s.newID(), a.AgentID, plain.prefix(), hash, s.newID(), nil})
 		return newEvent(agentCreated, a.AgentID, facts{"agent": q, "credentialId": c.CredentialID}), err
 	})
 	if err == nil {

@@ -17,7 +17,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // What the log records.
@@ -64,14 +63,28 @@ type event struct {
 	facts facts // until Metadata is made of them
 }
 
-// rawJSON is what a json column holds, byte for byte: pgx would trim spaces.
+// rawJSON is what a json column holds, byte for byte: pgx would trim spaces. So
+// would json.Marshal, for which it is null, until encodeEvents puts it in.
 type rawJSON []byte
 
-func (j rawJSON) MarshalJSON() ([]byte, error) { return j, nil }
+func (j rawJSON) MarshalJSON() ([]byte, error) { return []byte("null"), nil }
 
 func (j *rawJSON) ScanBytes(b []byte) error {
 	*j = bytes.Clone(b)
 	return nil
+}
+
+// encodeEvents returns v, in which these events are, as JSON. Their metadata is
+// as it was stored, or a checker outside would find another hash.
+func encodeEvents(v any, events ...event) ([]byte, error) {
+	rest, err := json.Marshal(v)
+	var b []byte
+	for _, e := range events {
+		before, after, _ := bytes.Cut(rest, []byte(`"metadata":null`)) // which no text can hold: its quotes are escaped
+		b = append(append(append(b, before...), `"metadata":`...), e.Metadata...)
+		rest = after
+	}
+	return append(append(b, rest...), '\n'), err
 }
 
 const eventColumns = `event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent, metadata, "timestamp", prev_hash, hash`
@@ -90,8 +103,8 @@ func newEvent(did string, agentID string, f facts) event {
 
 // by fills in who did it, from where.
 func (e event) by(r *request) (event, error) {
-	if r.caller.agentID != "" {
-		e.ActorID = &r.caller.agentID
+	if r.caller.AgentID != "" {
+		e.ActorID = &r.caller.AgentID
 	}
 	if r.addr.IsValid() {
 		e.IPAddress = r.addr.String()
@@ -140,10 +153,7 @@ func appendEvents(ctx context.Context, tx interface {
 	if whole {
 		head.Queue(`begin isolation level read committed`)
 	}
-	// The time-out is for a copy that stops for good while it holds the lock. Planning costs more than it gains.
-	head.Queue(`
-		select pg_advisory_xact_lock($1), set_config('idle_in_transaction_session_timeout', '5s', true),
-			set_config('plan_cache_mode', 'force_generic_plan', true)`, chainLock)
+	head.Queue(`select pg_advisory_xact_lock($1), set_config('plan_cache_mode', 'force_generic_plan', true)`, chainLock) // planning costs more than it gains
 	head.Queue(`
 		select coalesce(max(seq), 0), date_trunc('milliseconds', clock_timestamp()), coalesce((array_agg(hash))[1], $1)
 		from (select seq, hash from audit_events order by seq desc limit 1) as head`, last.PrevHash).
@@ -196,26 +206,25 @@ func appendEvents(ctx context.Context, tx interface {
 }
 
 // storeEvents stores the events of concurrent requests in one transaction.
-func storeEvents(db *pgxpool.Pool, m *meter) func([]*question[event, bool]) {
-	return func(batch []*question[event, bool]) {
-		ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
-		defer cancel()
-		events := make([]event, len(batch))
-		for i, q := range batch {
-			events[i] = q.asked
-		}
-		begun, head := time.Now(), int64(0)
-		conn, err := db.Acquire(ctx)
-		if err == nil {
-			head, err = appendEvents(ctx, conn, events, true)
-			conn.Release() // closes it where the transaction is open
-		}
-		m.head.Store(max(head, m.head.Load()))
-		m.add(float64(len(batch)), "agentidp_audit_batch_events", "")
-		m.add(time.Since(begun).Seconds(), "agentidp_audit_commit_duration_seconds", "")
-		for _, q := range batch {
-			q.answer, q.err = err == nil, err
-		}
+func (s *server) storeEvents(batch []*question[event, bool]) {
+	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+	defer cancel()
+	events := make([]event, len(batch))
+	for i, q := range batch {
+		events[i] = q.asked
+	}
+	begun, head := time.Now(), int64(0)
+	conn, err := s.inner.Acquire(ctx)
+	if err == nil {
+		head, err = appendEvents(ctx, conn, events, true)
+		conn.Release() // closes it where the transaction is open
+	}
+	s.postgres.beat(err)
+	s.meter.head.Store(max(head, s.meter.head.Load()))
+	s.meter.add(float64(len(batch)), "agentidp_audit_batch_events", "")
+	s.meter.add(time.Since(begun).Seconds(), "agentidp_audit_commit_duration_seconds", "")
+	for _, q := range batch {
+		q.answer, q.err = err == nil, err
 	}
 }
 
@@ -244,7 +253,7 @@ func (s *server) refused(r *request, e event, why error) error {
 	return why
 }
 
-func (s *server) oldestServed() time.Time { return time.Now().AddDate(0, 0, -s.cfg.retentionDays) }
+func (s *server) oldestServed() time.Time { return s.now().AddDate(0, 0, -s.cfg.retentionDays) }
 
 // date reads a time (RFC 3339) or a day, to which rest is added.
 func date(rest time.Duration) func(any) (time.Time, error) {
@@ -325,10 +334,10 @@ func (s *server) listEvents(r *request) (any, error) {
 		}
 		next = &signed
 	}
-	return struct {
+	return encodeEvents(struct {
 		page[event]
 		NextCursor *string `json:"nextCursor"`
-	}{p, next}, nil
+	}{p, next}, p.Data...)
 }
 
 // A cursor names the last event of a page. It is signed, so that nothing but
@@ -358,10 +367,14 @@ func (s *server) getEvent(r *request) (any, error) {
 	place, _ := hex.DecodeString(strings.ReplaceAll(id, "-", ""))
 	seq := binary.BigEndian.Uint64(place[8:]) & (1<<62 - 1)
 	at := time.UnixMilli(int64(binary.BigEndian.Uint64(place) >> 16))
-	return one[event](r.Context(), s.db, errNoEvent, "loading event", `
+	e, err := one[event](r.Context(), s.db, errNoEvent, "loading event", `
 		select `+eventColumns+`
 		from audit_events
 		where event_id = $1 and seq = $2 and "timestamp" = $3 and "timestamp" >= $4`, id, int64(seq), at, s.oldestServed())
+	if err != nil {
+		return nil, err
+	}
+	return encodeEvents(e, e)
 }
 
 // A checkpoint says what the head of the chain was. Signed and kept elsewhere,
@@ -470,7 +483,7 @@ func (s *server) seal(report *chainReport) error {
 		return nil
 	}
 	signed, err := s.keys.Load().sign(auditCheckpoint, checkpoint{
-		Issuer: s.cfg.issuer, Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash), Time: time.Now().Unix(),
+		Issuer: s.cfg.issuer, Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash), Time: s.now().Unix(),
 	})
 	report.Checkpoint = &signed
 	return err
@@ -546,8 +559,16 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 // bad, and what follows it, is not printed.
 func (s *server) exportAudit(ctx context.Context, from int64, stdout io.Writer) error {
 	out := bufio.NewWriter(stdout)
-	lines := json.NewEncoder(out)
-	report, err := verifyChain(ctx, s.db, from, 1<<60, s.oldestServed(), nil, func(e *event) error { return lines.Encode(e) })
+	report, err := verifyChain(ctx, s.db, from, 1<<60, s.oldestServed(), nil, func(e *event) error {
+		line, err := encodeEvents(e, *e)
+		if bytes.IndexByte(line, '\n') < len(line)-1 { // which could pass for several events
+			err = fmt.Errorf("the metadata of seq %d has a line break, which this service doesn't write", e.Seq)
+		}
+		if err == nil {
+			_, err = out.Write(line)
+		}
+		return err
+	})
 	if err == nil && !report.Verified {
 		err = fmt.Errorf(altered, report.FirstBadSeq)
 	} else if err == nil && report.Events == 0 && from > 1 {
@@ -557,7 +578,7 @@ func (s *server) exportAudit(ctx context.Context, from int64, stdout io.Writer) 
 		err = s.seal(&report)
 	}
 	if err == nil {
-		err = lines.Encode(map[string]*string{"checkpoint": report.Checkpoint})
+		err = json.NewEncoder(out).Encode(map[string]*string{"checkpoint": report.Checkpoint})
 	}
 	return errors.Join(err, out.Flush())
 }

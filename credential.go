@@ -7,8 +7,8 @@ import (
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
-	"errors"
 	"fmt"
+	"hash/maphash"
 	"io"
 	"log/slog"
 	"net/url"
@@ -20,7 +20,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/crypto/bcrypt"
 )
 
@@ -52,50 +51,69 @@ func (s secret) wellFormed() bool { return secretPattern.MatchString(string(s)) 
 
 // A vault compares secrets with their hashes. Bcrypt of a random secret
 // protects nothing the second time, so it remembers what it has compared.
+//
+// Bcrypt takes long, so each that wants it waits for a place. Comparisons wait
+// in the lane of their address first, or whoever has many wrong secrets, and
+// knows to whom they would belong, would go before all others; and what is
+// hashed doesn't wait for what is compared.
 type vault struct {
-	slots chan struct{} // bcrypt runs in as many goroutines at once
-	key   [32]byte      // makes the memo's keys worthless elsewhere
-	right memo[struct{}]
+	making, comparing slots
+	lanes             [1 << 10]slots // of one place each; addresses may share one, nobody knows which
+	seed              maphash.Seed
+	key               [32]byte // makes the memo's keys worthless elsewhere
+	right             memo[struct{}]
 }
 
 func newVault() *vault {
-	v := &vault{slots: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))}
+	v := &vault{making: make(slots, 1), comparing: make(slots, max(1, runtime.GOMAXPROCS(0)/2)), seed: maphash.MakeSeed()}
+	for i := range v.lanes {
+		v.lanes[i] = make(slots, 1)
+	}
 	rand.Read(v.key[:])
 	return v
 }
 
 func (v *vault) hash(ctx context.Context, s secret) (hash []byte, err error) {
-	err = v.slowly(ctx, func() (err error) {
-		hash, err = bcrypt.GenerateFromPassword([]byte(s), bcrypt.DefaultCost) // cost 10
-		return err
-	})
-	return hash, err
+	if err = v.making.enter(ctx); err != nil {
+		return nil, err
+	}
+	defer v.making.leave()
+	return bcrypt.GenerateFromPassword([]byte(s), bcrypt.DefaultCost) // cost 10
 }
 
-// compare tells whether hash is that of s. An error says that no slot came
-// free before the deadline of ctx.
-func (v *vault) compare(ctx context.Context, hash string, s secret) (right bool, err error) {
-	err = v.slowly(ctx, func() error {
-		// Whoever was before us may have found it out.
-		right = v.known(hash, s) || bcrypt.CompareHashAndPassword([]byte(hash), []byte(s)) == nil
-		return nil
-	})
+// compare tells whether hash is that of s, which address has sent. An error says
+// that it wasn't its turn before the deadline of ctx.
+func (v *vault) compare(ctx context.Context, address, hash string, s secret) (right bool, err error) {
+	lane := v.lanes[maphash.String(v.seed, address)%uint64(len(v.lanes))]
+	if err := lane.enter(ctx); err != nil {
+		return false, err
+	}
+	defer lane.leave()
+	if err := v.comparing.enter(ctx); err != nil {
+		return false, err
+	}
+	defer v.comparing.leave()
+	// Whoever was before us may have found it out.
+	right = v.known(hash, s) || bcrypt.CompareHashAndPassword([]byte(hash), []byte(s)) == nil
 	if right {
 		v.right.put(v.memoKey(hash, s), struct{}{})
 	}
-	return right, err
+	return right, nil
 }
 
-// slowly runs what takes bcrypt's time in one of the slots.
-func (v *vault) slowly(ctx context.Context, do func() error) error {
+// slots are places for as many at once. Who waits for one is served in turn.
+type slots chan struct{}
+
+func (p slots) enter(ctx context.Context) error {
 	select {
-	case v.slots <- struct{}{}:
-		defer func() { <-v.slots }()
-		return do()
+	case p <- struct{}{}:
+		return nil
 	case <-ctx.Done():
 		return fmt.Errorf("waiting to hash a secret: %w", ctx.Err())
 	}
 }
+
+func (p slots) leave() { <-p }
 
 // known tells whether compare has found before that hash is that of s.
 func (v *vault) known(hash string, s secret) bool {
@@ -132,10 +150,10 @@ type newCredential struct {
 
 // expiry is the one field of a request for a secret; none: until it is
 // revoked.
-func (in *inputs) expiry() *time.Time {
-	return take(in, "expiresAt", parsed("must be a time in the future, like 2030-01-01T00:00:00Z", func(s string) (time.Time, error) {
-		t, err := time.Parse(time.RFC3339, s)
-		if !t.After(time.Now()) || t.UTC().Year() > 9999 {
+func (s *server) expiry(in *inputs) *time.Time {
+	return take(in, "expiresAt", parsed("must be a time in the future, like 2030-01-01T00:00:00Z", func(text string) (time.Time, error) {
+		t, err := time.Parse(time.RFC3339, text)
+		if !t.After(s.now()) || t.UTC().Year() > 9999 {
 			err = strconv.ErrRange
 		}
 		return t, err
@@ -143,7 +161,7 @@ func (in *inputs) expiry() *time.Time {
 }
 
 func (s *server) createCredential(r *request) (any, error) {
-	return s.giveSecret(r, newID(), credentialGenerated, insertCredential)
+	return s.giveSecret(r, s.newID(), credentialGenerated, insertCredential)
 }
 
 func (s *server) rotateCredential(r *request) (any, error) {
@@ -153,7 +171,7 @@ func (s *server) rotateCredential(r *request) (any, error) {
 // giveSecret stores a new secret with store and answers with it.
 func (s *server) giveSecret(r *request, credentialID, did string,
 	store func(context.Context, *change, secretRow) (credential, error)) (any, error) {
-	expires, err := decode(r, (*inputs).expiry)
+	expires, err := decode(r, s.expiry)
 	if err != nil {
 		return nil, err
 	}
@@ -163,27 +181,27 @@ func (s *server) giveSecret(r *request, credentialID, did string,
 		return nil, err
 	}
 	var c credential
-	err = s.change(r, func(ctx context.Context, tx *change) (event, error) {
-		if err := lockManaged(ctx, tx, r, agentID, "active"); err != nil {
+	err = s.change(r, agentID, func(ctx context.Context, tx *change) (event, error) {
+		if err := tx.mayManage(agentID, "active"); err != nil {
 			return event{}, err
 		}
-		c, err = store(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, newID(), expires})
+		c, err = store(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, s.newID(), expires})
 		return newEvent(did, agentID, facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}), err
 	})
 	return newCredential{c, plain.reveal()}, err
 }
 
-// lockManaged locks an agent for a change of its credentials, and refuses where
-// the caller may not, or the agent is in none of these states. An agent may
-// change its own by credentials:write. Else it is as for any change of the
-// agent, since a credential is all that the agent may do.
-func lockManaged(ctx context.Context, tx *change, r *request, agentID string, states ...string) error {
-	a, err := loadAgent(ctx, tx, agentID, forUpdate)
-	if err != nil {
-		return err
+// mayManage refuses a change of an agent's credentials where the caller may
+// not, or the agent is in none of these states. An agent may change its own by
+// credentials:write. Else it is as for any change of the agent, since a
+// credential is all that the agent may do.
+func (tx *change) mayManage(agentID string, states ...string) (err error) {
+	a, ok := tx.agents[agentID]
+	if !ok {
+		return errNoAgent
 	}
-	if a.AgentID != r.caller.agentID || !r.caller.has(credentialsWrite) {
-		err = r.caller.mayGrant(a.Capabilities)
+	if a.AgentID != tx.caller.AgentID || !tx.caller.has(credentialsWrite) {
+		err = tx.caller.mayGrant(a.Capabilities)
 	}
 	if err == nil && !slices.Contains(states, a.Status) {
 		err = errNotActive.because("The agent is " + a.Status + ", and only an active one is given a secret.")
@@ -197,7 +215,7 @@ func (s *server) listCredentials(r *request) (any, error) {
 	if err := in.problem(); err != nil {
 		return nil, err
 	}
-	a, err := loadAgent(r.Context(), s.db, r.PathValue("agentId"), "")
+	a, err := loadAgent(r.Context(), s.db, r.PathValue("agentId"))
 	if err != nil {
 		return nil, err
 	}
@@ -215,16 +233,13 @@ const revokeCredentials = `
 
 func (s *server) revokeCredential(r *request) (any, error) {
 	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
-	return nil, s.change(r, func(ctx context.Context, tx *change) (event, error) {
-		err := lockManaged(ctx, tx, r, agentID, statuses...)
+	return nil, s.change(r, agentID, func(ctx context.Context, tx *change) (event, error) {
+		err := tx.mayManage(agentID, statuses...)
 		if err == nil {
-			_, err = loadSecretID(ctx, tx, agentID, credentialID)
+			err = checkCredential(ctx, tx, agentID, credentialID)
 		}
 		if err == nil {
 			err = execSQL(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
-		}
-		if err == nil {
-			_, err = tx.revoke(ctx, "credential", credentialID, lastExpiry())
 		}
 		return newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID}), err
 	})
@@ -246,46 +261,34 @@ func insertCredential(ctx context.Context, tx *change, row secretRow) (credentia
 		row.credentialID, row.clientID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
 }
 
-// replaceSecret gives a credential a new secret and expiry, and revokes the
-// tokens that the old secret was traded for.
+// replaceSecret gives a credential a new secret and expiry. The tokens that the
+// old secret was traded for have another secret_id, and so are dead.
 func replaceSecret(ctx context.Context, tx *change, row secretRow) (credential, error) {
-	old, err := loadSecretID(ctx, tx, row.clientID, row.credentialID)
-	if err != nil {
+	if err := checkCredential(ctx, tx, row.clientID, row.credentialID); err != nil {
 		return credential{}, err
 	}
-	c, err := one[credential](ctx, tx, errNoCredential, "replacing a secret", `
+	return one[credential](ctx, tx, errNoCredential, "replacing a secret", `
 		update credentials
 		set secret_prefix = $2, secret_hash = $3, secret_id = $4, expires_at = date_trunc('milliseconds', $5::timestamptz)
 		where credential_id = $1
 		returning `+credentialColumns,
 		row.credentialID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
-	if err == nil {
-		_, err = tx.revoke(ctx, "secret", old, lastExpiry())
-	}
-	return c, err
 }
 
-// loadSecretID returns what tokens of an active credential carry. Its agent
-// must be locked. Another agent's credential is as unknown as one that never
-// was.
-func loadSecretID(ctx context.Context, tx pgx.Tx, agentID, credentialID string) (id string, err error) {
+// checkCredential refuses to change what is no active credential of the agent,
+// which must be locked. Another agent's is as unknown as one that never was.
+func checkCredential(ctx context.Context, tx *change, agentID, credentialID string) error {
 	if !isID(credentialID) {
-		return "", errNoCredential
+		return errNoCredential
 	}
-	var status string
-	err = tx.QueryRow(ctx, `
-		select secret_id, status
+	c, err := one[credential](ctx, tx, errNoCredential, "loading credential", `
+		select `+credentialColumns+`
 		from credentials
-		where credential_id = $1 and client_id = $2`, credentialID, agentID).Scan(&id, &status)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		err = errNoCredential
-	case err != nil:
-		err = fmt.Errorf("loading credential: %w", err)
-	case status != "active":
+		where credential_id = $1 and client_id = $2`, credentialID, agentID)
+	if err == nil && c.Status != "active" {
 		err = errCredentialRevoked
 	}
-	return id, err
+	return err
 }
 
 // authenticateClient is the only way from a request to the client that sent
@@ -295,6 +298,8 @@ func loadSecretID(ctx context.Context, tx pgx.Tx, agentID, credentialID string) 
 // A client that is known to be right costs one query. All others are first
 // counted as a failure of their address, so that no burst gets through to
 // bcrypt or the audit log, and are given that back if they turn out right.
+// Bcrypt isn't run for what would be refused anyway: the prefix of a secret that
+// has ended is known to many.
 func (s *server) authenticateClient(r *request) error {
 	id, plain, err := r.clientSecret()
 	if err != nil {
@@ -315,27 +320,24 @@ func (s *server) authenticateClient(r *request) error {
 		return nil
 	}
 	address := addressKey(r.addr)
-	v, err := s.admit(r.Context(), address, nil, "", 0)
-	if err != nil {
-		return err
-	}
+	v := s.admit(r.Context(), address, "", "", 0)
 	if v.state == "limited" {
 		v.setHeaders(r.out)
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
 		return errAddressLimited
 	}
-	if !right && o.hash != "" {
+	if !right && o.hash != "" && !o.ended {
 		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="cold"`)
-		right, err = s.vault.compare(r.Context(), o.hash, plain)
+		if right, err = s.vault.compare(r.Context(), address, o.hash, plain); err != nil {
+			return err
+		}
 	}
-	if err != nil || right && o.refusal() == nil {
+	if right && o.refusal() == nil {
 		if v.state == "admitted" {
 			s.redis.giveBack(r.Context(), fmt.Sprintf("rate:%s:%d", address, v.now/60000))
 		}
-		if err == nil {
-			r.caller = o.caller
-		}
-		return err
+		r.caller = o.caller
+		return nil
 	}
 	why := errBadClient
 	if right {
@@ -353,15 +355,16 @@ type secretKey struct{ clientID, prefix string }
 // A secretOwner is the client that a prefix belongs to.
 type secretOwner struct {
 	caller
-	hash, status, agentStatus string
+	hash, agentStatus string
+	ended             bool // revoked or expired, as all are of a decommissioned agent
 }
 
 // refusal says why the right secret isn't enough, or nil.
 func (o secretOwner) refusal() *problem {
 	switch {
-	case o.agentStatus == "decommissioned": // which has revoked its credentials
+	case o.agentStatus == "decommissioned":
 		return errClientInactive.because("This agent is decommissioned, which is final.")
-	case o.status != "active", o.expiresAt != nil && !o.expiresAt.After(time.Now()):
+	case o.ended:
 		return errBadClient
 	case o.agentStatus != "active":
 		return errClientInactive.because("This agent is " + o.agentStatus + ", until an operator sets its status to active.")
@@ -371,30 +374,29 @@ func (o secretOwner) refusal() *problem {
 
 // loadSecretOwners looks up secrets that are shown at the same time. The answer
 // is a zero secretOwner where there is none.
-func loadSecretOwners(db *pgxpool.Pool) func([]*question[secretKey, secretOwner]) {
-	return func(batch []*question[secretKey, secretOwner]) {
-		ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
-		defer cancel()
-		prefixes, owners := make([]string, len(batch)), map[secretKey]secretOwner{}
-		for i, q := range batch {
-			prefixes[i] = q.asked.prefix
-		}
-		rows, _ := db.Query(ctx, `
-			select c.secret_prefix, c.client_id, c.credential_id, c.secret_id, c.secret_hash, c.status, c.expires_at, a.status, a.capabilities
-			from credentials c
-			join agents a on a.agent_id = c.client_id
-			where c.secret_prefix = any($1)`, prefixes)
-		var o secretOwner
-		var prefix string
-		_, err := pgx.ForEachRow(rows, []any{&prefix, &o.agentID, &o.credentialID, &o.secretID, &o.hash, &o.status, &o.expiresAt,
-			&o.agentStatus, &o.scopes}, func() error {
-			owners[secretKey{o.agentID, prefix}] = o
-			return nil
-		})
-		for _, q := range batch {
-			if q.answer = owners[q.asked]; err != nil {
-				q.err = fmt.Errorf("loading credentials: %w", err)
-			}
+func (s *server) loadSecretOwners(batch []*question[secretKey, secretOwner]) {
+	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+	defer cancel()
+	prefixes, owners := make([]string, len(batch)), map[secretKey]secretOwner{}
+	for i, q := range batch {
+		prefixes[i] = q.asked.prefix
+	}
+	rows, _ := s.inner.Query(ctx, `
+		select c.secret_prefix, c.client_id, c.credential_id, c.secret_id, c.secret_hash, c.expires_at, a.status, a.capabilities,
+			c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)
+		from credentials c
+		join agents a on a.agent_id = c.client_id
+		where c.secret_prefix = any($1)`, prefixes)
+	var o secretOwner
+	var prefix string
+	_, err := pgx.ForEachRow(rows, []any{&prefix, &o.AgentID, &o.CredentialID, &o.SecretID, &o.hash, &o.expiresAt,
+		&o.agentStatus, &o.scopes, &o.ended}, func() error {
+		owners[secretKey{o.AgentID, prefix}] = o
+		return nil
+	})
+	for _, q := range batch {
+		if q.answer = owners[q.asked]; err != nil {
+			q.err = fmt.Errorf("loading credentials: %w", err)
 		}
 	}
 }

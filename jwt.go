@@ -31,8 +31,8 @@ const (
 )
 
 const (
-	maxTokenBytes = 16 << 10 // longer ones are refused unread
-	clockSkew     = 10       // seconds that another copy's clock may be ahead of ours
+	maxTokenBytes = 15 << 10 // longer ones are refused unread; a body holds it
+	clockSkew     = 10       // seconds that a copy may be behind another in what it knows of PostgreSQL's clock
 )
 
 var (
@@ -58,11 +58,6 @@ type claims struct {
 	Expires      int64    `json:"exp"` // seconds since 1970; refused from then on
 	CredentialID string   `json:"credential_id"`
 	SecretID     string   `json:"secret_id"` // changes when the credential is rotated
-}
-
-// revocationIDs are the ids by which a token can be revoked.
-func (c claims) revocationIDs() []string {
-	return []string{c.ID, c.SecretID, c.CredentialID, c.Subject}
 }
 
 // An audience of one is a string on the wire, of several an array (RFC 7519,
@@ -335,10 +330,10 @@ func decodeSegment(s string) ([]byte, error) {
 	return b, nil
 }
 
-// verify returns the claims of an access token that issuer signed and that is
-// valid now. Else its error tells the holder what the token is. Audience and
-// revocation are the caller's.
-func (k *keyset) verify(token, issuer string, now time.Time) (claims, error) {
+// verify returns the claims of an access token that issuer signed. Else its
+// error tells the holder what the token is. Whether it is valid now, for whom,
+// and alive is the caller's.
+func (k *keyset) verify(token, issuer string) (claims, error) {
 	key := sha256.Sum256([]byte(token))
 	c, known := k.opened.get(key)
 	if !known {
@@ -349,15 +344,21 @@ func (k *keyset) verify(token, issuer string, now time.Time) (claims, error) {
 			k.opened.put(key, c)
 		}
 	}
-	switch {
-	case c.Issuer != issuer:
+	if c.Issuer != issuer {
 		return claims{}, fmt.Errorf("a token of the issuer %s; here it is %s", clip(c.Issuer), issuer)
-	case c.Expires <= now.Unix():
-		return claims{}, fmt.Errorf("a token that expired at %s; get a new one", moment{time.Unix(c.Expires, 0)})
-	case c.IssuedAt > now.Unix()+clockSkew:
-		return claims{}, fmt.Errorf("a token of a time to come, %s", moment{time.Unix(c.IssuedAt, 0)})
 	}
 	return c, nil
+}
+
+// validAt tells the holder why a token isn't valid at this time, or nil.
+func (c claims) validAt(now time.Time) error {
+	switch {
+	case c.Expires <= now.Unix():
+		return fmt.Errorf("a token that expired at %s; get a new one", moment{time.Unix(c.Expires, 0)})
+	case c.IssuedAt > now.Unix()+clockSkew:
+		return fmt.Errorf("a token of a time to come, %s", moment{time.Unix(c.IssuedAt, 0)})
+	}
+	return nil
 }
 
 // each lists what the keys have as this member, once, the signing key's first.

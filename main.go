@@ -12,6 +12,7 @@
 //	agent.go       agents, and who may change them
 //	audit.go       the chain of events
 //	ratelimit.go   limits, and the script that Redis runs for each request
+//	store.go       PostgreSQL and Redis: connections, transactions, what watches over them
 //	metrics.go     what is counted for Prometheus
 //	schema.sql     the tables
 package main
@@ -20,7 +21,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	_ "embed"
 	"encoding/binary"
 	"encoding/hex"
@@ -38,11 +38,11 @@ import (
 	"os/signal"
 	"path"
 	"regexp"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -56,26 +56,16 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
-const release = "0.1.0"
+const release = "0.2.0"
 
 const (
 	requestTimeout = 5 * time.Second // for all that a request does
 	storeTimeout   = 3 * time.Second // for one transaction beside requests
 	drainTime      = time.Second     // between "not ready" and closing the port
-	maxBody        = 64 << 10        // bytes
+	maxBody        = 16 << 10        // bytes
 	maxHeader      = 12 << 10        // bytes, to which net/http adds 4096
 	maxInFlight    = 1024            // requests that may wait for a store; more are refused at once
 )
-
-// Advisory locks of PostgreSQL, each for one purpose.
-const (
-	schemaLock = 0x4167_656e_7401 + iota
-	chainLock
-	agentLock
-)
-
-//go:embed schema.sql
-var schema string
 
 //go:embed openapi.yaml
 var openAPI []byte
@@ -367,153 +357,6 @@ func parseNetworks(v string) (list []netip.Prefix, err error) {
 	return list, err
 }
 
-// A querier is what a pool and a transaction share.
-type querier interface {
-	Exec(context.Context, string, ...any) (pgconn.CommandTag, error)
-	Query(context.Context, string, ...any) (pgx.Rows, error)
-	QueryRow(context.Context, string, ...any) pgx.Row
-}
-
-// one returns the row of a query. Where there is none it fails with none.
-func one[T any](ctx context.Context, db querier, none error, doing, sql string, args ...any) (T, error) {
-	rows, _ := db.Query(ctx, sql, args...) // its error comes back from Collect
-	v, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[T])
-	if errors.Is(err, pgx.ErrNoRows) {
-		return v, none
-	}
-	if err != nil {
-		return v, fmt.Errorf("%s: %w", doing, err)
-	}
-	return v, nil
-}
-
-// execSQL runs a statement whose result doesn't matter.
-func execSQL(ctx context.Context, db querier, doing, sql string, args ...any) error {
-	if _, err := db.Exec(ctx, sql, args...); err != nil {
-		return fmt.Errorf("%s: %w", doing, err)
-	}
-	return nil
-}
-
-// transact runs a transaction in which each statement sees what was committed
-// before it: under a database's stricter default, the head of the audit chain
-// would be that of before its lock, and the chain would fork.
-func transact(ctx context.Context, db *pgxpool.Pool, do func(pgx.Tx) error) error {
-	return pgx.BeginTxFunc(ctx, db, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, do)
-}
-
-// A queue serves what is asked at the same time in one trip to a store: while
-// some are served, the next gather. Who finds nobody waiting is served at once.
-type queue[Q, A any] struct {
-	waiting chan *question[Q, A]
-	done    chan struct{}
-}
-
-type question[Q, A any] struct {
-	asked    Q
-	answer   A
-	err      error
-	wanted   context.Context // until its request has given up
-	answered chan struct{}
-}
-
-const (
-	queueSize = 1024 // questions that may wait; more are refused
-	batchSize = 256
-)
-
-func newQueue[Q, A any](serve func([]*question[Q, A])) *queue[Q, A] {
-	q := &queue[Q, A]{make(chan *question[Q, A], queueSize), make(chan struct{})}
-	go q.run(serve)
-	return q
-}
-
-func (q *queue[Q, A]) run(serve func([]*question[Q, A])) {
-	defer close(q.done)
-	for first := range q.waiting {
-		runtime.Gosched() // who is about to ask does so first
-		batch := []*question[Q, A]{first}
-		for len(batch) < batchSize && len(q.waiting) > 0 {
-			batch = append(batch, <-q.waiting)
-		}
-		batch = slices.DeleteFunc(batch, func(x *question[Q, A]) bool { return x.wanted.Err() != nil })
-		if len(batch) > 0 {
-			serve(batch)
-		}
-		for _, x := range batch {
-			close(x.answered)
-		}
-	}
-}
-
-// close serves what is queued. The caller must have stopped all that asks.
-func (q *queue[Q, A]) close() {
-	close(q.waiting)
-	<-q.done
-}
-
-func (q *queue[Q, A]) put(ctx context.Context, asked Q) *question[Q, A] {
-	x := &question[Q, A]{asked: asked, wanted: ctx, answered: make(chan struct{})}
-	select {
-	case q.waiting <- x:
-	default:
-		x.err = errors.New("the queue is full")
-		close(x.answered)
-	}
-	return x
-}
-
-func (x *question[Q, A]) wait() (answer A, err error) {
-	select {
-	case <-x.answered:
-		return x.answer, x.err
-	case <-x.wanted.Done():
-		return answer, fmt.Errorf("waiting in a queue: %w", x.wanted.Err())
-	}
-}
-
-// redisLog makes lines of ours of what the Redis client logs.
-type redisLog struct{}
-
-func (redisLog) Printf(_ context.Context, format string, args ...any) {
-	slog.Debug("redis client", "message", fmt.Sprintf(format, args...))
-}
-
-// asked counts a call to a store.
-func (m *meter) asked(store string, begun time.Time, err error) {
-	m.add(time.Since(begun).Seconds(), "agentidp_store_call_duration_seconds", store)
-	if err != nil && !isEmailTaken(err) {
-		m.add(1, "agentidp_store_errors_total", store)
-	}
-}
-
-// A meter is told by pgx of each query, of each batch, and of who found no
-// connection. The time when it began goes along in the context.
-
-type begunKey struct{}
-
-func (m *meter) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
-	return context.WithValue(ctx, begunKey{}, time.Now())
-}
-func (m *meter) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
-	m.asked(`store="postgres"`, ctx.Value(begunKey{}).(time.Time), data.Err)
-}
-func (m *meter) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
-	return context.WithValue(ctx, begunKey{}, time.Now())
-}
-func (m *meter) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
-func (m *meter) TraceBatchEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceBatchEndData) {
-	m.asked(`store="postgres"`, ctx.Value(begunKey{}).(time.Time), data.Err)
-}
-func (m *meter) TraceAcquireStart(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
-	return ctx
-}
-func (m *meter) TraceAcquireEnd(_ context.Context, _ *pgxpool.Pool, data pgxpool.TraceAcquireEndData) {
-	if data.Err != nil {
-		m.add(1, "agentidp_store_errors_total", `store="postgres"`)
-	}
-}
-
 // A server holds nothing that another copy would need.
 type server struct {
 	cfg      config
@@ -524,10 +367,15 @@ type server struct {
 	vault    *vault
 	recorder *queue[event, bool]
 	lookups  *queue[secretKey, secretOwner]
+	lives    *queue[origin, bool]
 	meter    *meter
+	postgres pulse // beats with each commit of the recorder, and of the keeper where there is none
+	clock    atomic.Pointer[reading]
+	swept    time.Time // when expired revocations were deleted
+	bodies   bodies
 
-	postgresUp, redisUp, draining, verifying atomic.Bool
-	inFlight                                 atomic.Int64
+	draining, verifying atomic.Bool
+	inFlight            atomic.Int64
 }
 
 // open connects to both stores and sees to the schema. It waits for PostgreSQL
@@ -536,15 +384,9 @@ type server struct {
 func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	redis.SetLogger(redisLog{})
 	meter := newMeter()
-	cfg.database.ConnConfig.Tracer = meter
-	cfg.database.ConnConfig.ConnectTimeout = storeTimeout
-	cfg.database.PingTimeout = time.Second
-	own := cfg.database.Copy()
-	own.MaxConns = 3
-	db, dbErr := pgxpool.NewWithConfig(ctx, cfg.database)
-	inner, err := pgxpool.NewWithConfig(ctx, own)
-	if err = errors.Join(dbErr, err); err != nil {
-		return nil, fmt.Errorf("opening the database: %w", err)
+	db, inner, err := openPools(ctx, cfg.database, meter)
+	if err != nil {
+		return nil, err
 	}
 	var o redis.Options
 	if cfg.redis != nil { // migrate has none
@@ -553,15 +395,14 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, 4*redisTimeout
 	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
-	s := &server{
-		cfg: cfg, db: db, inner: inner, redis: newCache(&o, meter), meter: meter,
-		vault: newVault(), recorder: newQueue(storeEvents(inner, meter)), lookups: newQueue(loadSecretOwners(inner)),
-	}
+	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(&o, meter), meter: meter, vault: newVault()}
+	s.recorder, s.lookups, s.lives = newQueue(s.storeEvents), newQueue(s.loadSecretOwners), newQueue(s.answerLives)
 	s.keys.Store(cfg.keys)
+	s.clock.Store(&reading{time.Now().Round(0), time.Now()})
 	end := time.Now().Add(time.Minute)
 	for err = s.applySchema(ctx, owner); err != nil && ctx.Err() == nil && time.Now().Before(end); err = s.applySchema(ctx, owner) {
 		refusal, ok := errors.AsType[*pgconn.PgError](err)
-		if errors.Is(err, errNotMigrated) || ok && refusal.Code[0] != '5' && refusal.Code[:2] != "40" {
+		if errors.Is(err, errNotMigrated) || errors.Is(err, errPooled) || ok && refusal.Code[0] != '5' && refusal.Code[:2] != "40" {
 			break // classes 40, 53, 55 and 57 pass by themselves: deadlock, too busy, locked, starting
 		}
 		slog.Warn("waiting for PostgreSQL", "error", err)
@@ -571,45 +412,18 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 		s.close()
 		return nil, fmt.Errorf("applying the schema: %w", err)
 	}
+	if err := s.readClock(ctx); err != nil {
+		s.close()
+		return nil, err
+	}
 	return s, nil
-}
-
-var errNotMigrated = errors.New("the tables are another role's, and their schema is another version's; let that role run migrate of this version")
-
-// applySchema applies the schema, one copy at a time, and leaves its hash as a
-// comment. Where others own the tables it must be there, unless always is set,
-// which then fails. An index of a large table may take its time.
-func (s *server) applySchema(ctx context.Context, always bool) error {
-	waiting, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	tx, err := s.inner.BeginTx(waiting, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
-	if err != nil {
-		return err
-	}
-	defer tx.Rollback(ctx) // after a commit, nothing
-	if _, err := tx.Exec(waiting, `select pg_advisory_xact_lock($1)`, schemaLock); err != nil {
-		return err
-	}
-	same, sum := false, fmt.Sprintf("schema.sql of SHA-256 %x", sha256.Sum256([]byte(schema)))
-	err = tx.QueryRow(waiting, `
-		select coalesce(obj_description(oid, 'pg_class') = $1, false)
-		from pg_class
-		where oid = to_regclass('audit_events') and not pg_has_role(relowner, 'usage')`, sum).Scan(&same)
-	if errors.Is(err, pgx.ErrNoRows) || always {
-		_, err = tx.Exec(ctx, schema+`comment on table audit_events is '`+sum+`'`)
-	} else if err == nil && !same {
-		err = errNotMigrated
-	}
-	if err != nil {
-		return err
-	}
-	return tx.Commit(ctx)
 }
 
 // close stores what is recorded and lets go of both stores.
 func (s *server) close() {
 	s.recorder.close()
 	s.lookups.close()
+	s.lives.close()
 	s.redis.close()
 	s.inner.Close()
 	s.db.Close()
@@ -646,7 +460,11 @@ func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func
 	if err != nil {
 		return fmt.Errorf("%w; PORT and HOST choose another address", err)
 	}
-	s.postgresUp.Store(true)
+	safe := false
+	if err := s.inner.QueryRow(ctx, `select bool_and(setting = 'on') from pg_settings where name in ('fsync', 'full_page_writes')`).Scan(&safe); err != nil || !safe {
+		slog.Warn("PostgreSQL may lose what it acknowledges when its machine fails: fsync or full_page_writes is off", "error", err)
+	}
+	s.postgres.beat(nil) // until the keeper knows better
 	stopKeeper := s.startKeeper()
 	defer stopKeeper()
 	web := s.web()
@@ -693,7 +511,9 @@ type request struct {
 	id     string      // for the log, the audit log and the answer
 	addr   netip.Addr  // of the client
 	out    http.Header // of the answer
-	form   url.Values  // at the token endpoints
+	route  route
+	body   []byte
+	form   url.Values // at the token endpoints
 	caller caller
 }
 
@@ -765,28 +585,38 @@ func (s *server) bearer(scope string, own ...string) func(*request) error {
 		if err := s.identify(r); err != nil {
 			return err
 		}
-		if self := r.caller.agentID == r.PathValue("agentId"); self && slices.ContainsFunc(own, r.caller.has) {
-			return nil
-		} else if self && len(own) > 0 && !r.caller.has(scope) {
-			return r.caller.need(own[0]) // the lesser of the two
+		lacks, window := r.caller.need(scope), byToken
+		if self := r.caller.AgentID == r.PathValue("agentId"); self && slices.ContainsFunc(own, r.caller.has) {
+			lacks = nil
+		} else if self && len(own) > 0 && lacks != nil {
+			lacks = r.caller.need(own[0]) // the lesser of the two
 		}
-		return r.caller.need(scope)
+		if lacks == nil && r.route.records != "" {
+			window = toChange
+		}
+		if _, err := s.spend(r, window, ""); err != nil {
+			return err
+		}
+		return lacks
 	}
 }
 
 // bearerOrClient lets in who has a token that carries scope, and who
-// authenticates as a client that holds it; "" is always there.
+// authenticates as a client that holds it; "" is always there. A client that
+// proved itself can always revoke: no limit is in the way.
 func (s *server) bearerOrClient(scope string) func(*request) error {
 	return func(r *request) (err error) {
 		switch {
 		case !r.presents("Bearer"):
-			if err = s.authenticateClient(r); err == nil {
-				_, err = s.spend(r, "")
+			if err = s.authenticateClient(r); err == nil && r.route.records != tokenRevoked {
+				_, err = s.spend(r, byCredential, "")
 			}
 		case r.form.Get("client_secret") != "":
 			err = errTwoMethods
 		default:
-			err = s.identify(r)
+			if err = s.identify(r); err == nil {
+				_, err = s.spend(r, byToken, "")
+			}
 		}
 		if err != nil {
 			return err
@@ -877,21 +707,17 @@ func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (preflight 
 	return true
 }
 
-// answer takes a request along its route. What has begun is finished, also
-// when the client has gone: it may have been acknowledged to somebody else.
+// answer takes a request along its route.
 func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 	begun := time.Now()
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(in.Context()), requestTimeout)
-	defer cancel()
-	r := &request{Request: in.WithContext(ctx), id: in.Header.Get("X-Request-Id"), addr: clientAddress(in, s.cfg.trustedProxies), out: w.Header()}
+	r := &request{Request: in, id: in.Header.Get("X-Request-Id"), addr: clientAddress(in, s.cfg.trustedProxies), out: w.Header(), route: rt}
 	if !requestIDPattern.MatchString(r.id) {
-		r.id = newID()[15:] // 74 random bits
+		r.id = s.newID()[15:] // 74 random bits
 	}
-	r.Body = http.MaxBytesReader(w, in.Body, maxBody)
 	r.out.Set("X-Request-Id", r.id)
 	r.out.Set("X-Content-Type-Options", "nosniff")
 	r.out.Set("Cache-Control", "no-store")
-	body, err := s.handle(rt, r)
+	body, err := s.handle(w, r)
 	status, code := rt.success, ""
 	if err != nil {
 		status, code, body = s.fail(r, rt, err)
@@ -908,11 +734,15 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 	}
 	slog.Info("request", "method", clip(in.Method), "route", rt.pattern, "status", status, "code", code,
 		"ms", float64(time.Since(begun).Microseconds())/1000, "requestId", r.id,
-		"clientId", r.caller.agentID, "ip", r.addr.String())
+		"clientId", r.caller.AgentID, "ip", r.addr.String())
 }
 
-// handle returns the answer of a route, or why there is none.
-func (s *server) handle(rt route, r *request) (body any, err error) {
+// handle returns the answer of a route, or why there is none. The body is read
+// whole before anybody is asked who it is: one that dribbles in takes nobody's
+// place, and outlives no check. What has begun then is finished, also when the
+// client has gone: it may have been acknowledged to somebody else.
+func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error) {
+	rt := r.route
 	defer func() {
 		if p := recover(); p != nil {
 			slog.Error("panic", "requestId", r.id, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
@@ -925,31 +755,37 @@ func (s *server) handle(rt route, r *request) (body any, err error) {
 	if rt.who == nil {
 		return rt.handle(r)
 	}
-	if rt.form == oauth { // before it is counted: a body that dribbles in takes nobody's place
+	if err = s.readBody(w, r); err == nil && rt.form == oauth {
 		err = r.parseForm()
 	}
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), requestTimeout)
+	defer cancel()
+	r.Request = r.WithContext(ctx)
 	defer s.inFlight.Add(-1)
 	if s.inFlight.Add(1) > maxInFlight {
-		err = errBusy
+		return nil, errBusy
 	}
-	if err == nil {
-		err = rt.who(r)
-	}
-	if err == nil {
+	if err = rt.who(r); err == nil {
 		body, err = rt.handle(r)
 	}
-	return body, s.recordRefusal(rt, r, err)
+	return body, s.recordRefusal(r, err)
 }
 
-// recordRefusal records that an authenticated caller was refused a change.
-func (s *server) recordRefusal(rt route, r *request, err error) error {
+// recordRefusal records that an authenticated caller was refused a change, as
+// one also is that was cut off after it was let in.
+func (s *server) recordRefusal(r *request, err error) error {
+	rt := r.route
 	p, ok := errors.AsType[*problem](err)
-	if !ok || p.status != http.StatusForbidden && p.status != http.StatusConflict || rt.records == "" || r.caller.agentID == "" {
+	if !ok || rt.records == "" || r.caller.AgentID == "" ||
+		!slices.Contains([]int{http.StatusUnauthorized, http.StatusForbidden, http.StatusConflict}, p.status) {
 		return err
 	}
 	concerned, f := r.PathValue("agentId"), facts{"reason": p.code}
 	if rt.form == oauth {
-		concerned, f["reason"] = r.caller.agentID, p.oauth
+		concerned, f["reason"] = r.caller.AgentID, p.oauth
 	}
 	if id := r.PathValue("credentialId"); isID(id) {
 		f["credentialId"] = id
@@ -1013,7 +849,7 @@ var (
 	errDecommissioned    = &problem{status: 409, code: "AGENT_ALREADY_DECOMMISSIONED", message: "The agent is decommissioned, which is final."}
 	errCredentialRevoked = &problem{status: 409, code: "CREDENTIAL_ALREADY_REVOKED", message: "The credential is revoked, which is final."}
 
-	errTooLarge       = &problem{status: 413, code: "PAYLOAD_TOO_LARGE", oauth: "invalid_request", message: "The body is longer than 64 kB."}
+	errTooLarge       = &problem{status: 413, code: "PAYLOAD_TOO_LARGE", oauth: "invalid_request", message: "The body is longer than 16 kB."}
 	errMediaType      = &problem{status: 415, code: "UNSUPPORTED_MEDIA_TYPE", message: "The Content-Type must be application/json."}
 	errRateLimited    = &problem{status: 429, code: "RATE_LIMIT_EXCEEDED", oauth: "temporarily_unavailable", message: "Too many requests of this client; Retry-After says when to come back."}
 	errAddressLimited = &problem{status: 429, code: "RATE_LIMIT_EXCEEDED", oauth: "temporarily_unavailable", message: "Too many failed authentications from this address; Retry-After says when to come back."}
@@ -1021,6 +857,7 @@ var (
 	errInternal    = &problem{status: 500, code: "INTERNAL_SERVER_ERROR", oauth: "server_error", message: "Something went wrong here."}
 	errStopping    = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "This copy is stopping; use another."}
 	errBusy        = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "Too many requests at once; try again."}
+	errClock       = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "The clocks of this copy and of PostgreSQL are too far apart."}
 	errUnavailable = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "A store does not answer; nothing was acknowledged. Try again."}
 )
 
@@ -1080,8 +917,10 @@ func respond(w http.ResponseWriter, status int, body any) {
 		if b, err = json.Marshal(body); err != nil {
 			panic(err) // a type of ours that has no JSON
 		}
-		w.Header().Set("Content-Type", "application/json")
 		b = append(b, '\n')
+	}
+	if b != nil && w.Header().Get("Content-Type") == "" {
+		w.Header().Set("Content-Type", "application/json")
 	}
 	if b != nil {
 		w.Header().Set("Content-Length", strconv.Itoa(len(b)))
@@ -1090,16 +929,76 @@ func respond(w http.ResponseWriter, status int, body any) {
 	w.Write(b) // an error means that the client has gone
 }
 
-// readBody reads up to maxBody bytes.
-func (r *request) readBody() ([]byte, error) {
-	body, err := io.ReadAll(r.Body)
+// Bodies are those that have not arrived whole, the longest here first. What they
+// can hold is bounded, in sum and for one address: where there is no room, the
+// one that was longest here is cut off. So a body that comes at an ordinary pace
+// gets through, whoever has others dribble in.
+type bodies struct {
+	mu   sync.Mutex
+	open []*unfinished
+}
+
+type unfinished struct {
+	address string
+	conn    *http.ResponseController
+}
+
+const (
+	maxBodies   = 1024            // of maxBody each
+	maxBodiesOf = 128             // of one address
+	bodyTime    = 2 * time.Second // for one to arrive, and that again for each bodyPace
+	bodyPace    = 8 << 10         // bytes
+)
+
+// begin adds one and makes room for it; done takes it away.
+func (b *bodies) begin(u *unfinished) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	same, oldest := 0, 0
+	for i, other := range b.open {
+		if other.address == u.address {
+			if same++; same == 1 {
+				oldest = i
+			}
+		}
+	}
+	if same < maxBodiesOf {
+		oldest = 0
+	}
+	if same >= maxBodiesOf || len(b.open) >= maxBodies {
+		_ = b.open[oldest].conn.SetReadDeadline(time.Unix(1, 0)) // its reading fails, and so does nothing else
+		b.open = slices.Delete(b.open, oldest, oldest+1)
+	}
+	b.open = append(b.open, u)
+}
+
+func (b *bodies) done(u *unfinished) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.open = slices.DeleteFunc(b.open, func(other *unfinished) bool { return other == u })
+}
+
+// readBody reads up to maxBody bytes, in the time that so many may take.
+func (s *server) readBody(w http.ResponseWriter, r *request) (err error) {
+	if r.Body == http.NoBody {
+		return nil
+	}
+	length := r.ContentLength
+	if length < 0 || length > maxBody {
+		length = maxBody
+	}
+	u := &unfinished{addressKey(r.addr), http.NewResponseController(w)}
+	_ = u.conn.SetReadDeadline(time.Now().Add(bodyTime + bodyTime*time.Duration(length)/bodyPace))
+	s.bodies.begin(u)
+	r.body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	s.bodies.done(u)
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return nil, errTooLarge
+		return errTooLarge
 	}
-	if err != nil || r.Context().Err() != nil {
-		return nil, errForm.because("The body could not be read in time.")
+	if err != nil {
+		return errForm.because("The body did not arrive whole, or not in time.")
 	}
-	return body, nil
+	return nil
 }
 
 // Inputs are named values from outside: of the environment, of a JSON object or
@@ -1193,12 +1092,8 @@ func decode[T any](r *request, read func(*inputs) T) (q T, err error) {
 	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 		return q, errMediaType.because("The Content-Type must be application/json; it was '" + clip(r.Header.Get("Content-Type")) + "'.")
 	}
-	body, err := r.readBody()
-	if err != nil {
-		return q, err
-	}
-	in, d, wrong := newInputs(), json.NewDecoder(bytes.NewReader(body)), ""
-	if first, _ := d.Token(); first != json.Delim('{') || !utf8.Valid(body) {
+	in, d, wrong := newInputs(), json.NewDecoder(bytes.NewReader(r.body)), ""
+	if first, _ := d.Token(); first != json.Delim('{') || !utf8.Valid(r.body) {
 		wrong = "doesn't begin with {, or isn't UTF-8"
 	}
 	for wrong == "" && d.More() {
@@ -1287,37 +1182,6 @@ func list[T any](ctx context.Context, db querier, part span, args pgx.NamedArgs,
 	return p, more, nil
 }
 
-// A change is a transaction that changes something.
-type change struct {
-	pgx.Tx
-	revokes bool // set by revoke and lift: Redis is to know before it is acknowledged
-}
-
-// change does something and records it in one transaction, and returns when
-// what it revoked is refused by every copy. An event without an action is none.
-func (s *server) change(r *request, do func(context.Context, *change) (event, error)) error {
-	ctx, tx, head := r.Context(), &change{}, int64(0)
-	err := transact(ctx, s.db, func(begun pgx.Tx) error {
-		tx.Tx = begun
-		e, err := do(ctx, tx)
-		if err != nil || e.Action == "" {
-			return err
-		}
-		if e, err = e.by(r); err != nil {
-			return err
-		}
-		head, err = appendEvents(ctx, tx, []event{e}, false)
-		return err
-	})
-	if err == nil {
-		s.meter.head.Store(max(head, s.meter.head.Load()))
-	}
-	if err == nil && tx.revokes {
-		s.publish(ctx)
-	}
-	return err
-}
-
 var idPattern = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
 
 // isID tells whether s is a UUID in the one form that we write: PostgreSQL
@@ -1325,10 +1189,10 @@ var idPattern = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f
 func isID(s string) bool { return idPattern.MatchString(s) }
 
 // newID makes a UUID of version 7, which sorts by time (RFC 9562, section 5.7).
-func newID() string {
+func (s *server) newID() string {
 	var rest [10]byte
 	rand.Read(rest[:])
-	return idOf(time.Now(), rest)
+	return idOf(s.now(), rest)
 }
 
 func idOf(t time.Time, rest [10]byte) string {
@@ -1369,20 +1233,22 @@ func showLife(*request) (any, error) {
 	return map[string]string{"status": "ok", "version": version()}, nil
 }
 
-// showHealth tells what the keeper has found within the last seconds, so that
-// asking costs nothing.
+// showHealth tells what requests and the keeper have found within the last
+// second, so that asking costs nothing.
 func (s *server) showHealth(r *request) (any, error) {
 	word := map[bool]string{true: "up", false: "down"}
 	h := map[string]any{"version": version(), "services": map[string]string{
-		"postgres": word[s.postgresUp.Load()], "redis": word[s.redisUp.Load()],
+		"postgres": word[s.postgres.well()], "redis": word[s.redis.well()],
 	}}
 	switch {
 	case s.draining.Load():
 		return nil, errStopping.with(h)
-	case !s.postgresUp.Load():
+	case !s.postgres.well():
 		return nil, errUnavailable.with(h)
+	case s.clockDistance().Abs() > clockTrust:
+		return nil, errClock.with(h)
 	}
-	h["status"] = map[bool]string{true: "ok", false: "degraded"}[s.redisUp.Load()]
+	h["status"] = map[bool]string{true: "ok", false: "degraded"}[s.redis.well()]
 	return h, nil
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -215,7 +216,7 @@ func (v *service) start() {
 		stop()
 		s.close()
 	})
-	v.eventually("redis is warm", func() bool { return v.s.redisUp.Load() && v.s.postgresUp.Load() })
+	v.eventually("both stores are well", func() bool { return v.s.redis.well() && v.s.postgres.well() })
 }
 
 // lookup is os.LookupEnv of an environment.
@@ -403,6 +404,9 @@ func agentJSON(email string, capabilities ...string) string {
 	})
 	return string(b)
 }
+
+// newID makes an id that nobody has.
+func newID() string { return idOf(time.Now(), [10]byte([]byte(rand.Text()))) }
 
 var agentNumber atomic.Int64
 

@@ -18,10 +18,10 @@ import (
 // A meter counts what Prometheus is to know of this copy. Words of ours tell
 // its series apart, never a request's, so there is an end to them.
 type meter struct {
-	begun         time.Time
-	head, vouched atomic.Int64 // seq of the last event appended; when the keeper found Redis warm, in ms since 1970
-	mu            sync.Mutex
-	families      map[string]map[string]*histogram // by name, then by labels
+	begun    time.Time
+	head     atomic.Int64 // seq of the last event appended
+	mu       sync.Mutex
+	families map[string]map[string]*histogram // by name, then by labels
 }
 
 // A histogram counts values by the least bound that they don't exceed. One
@@ -96,9 +96,9 @@ func (s *server) showMetrics(w http.ResponseWriter, _ *http.Request) {
 	counted("counter", "agentidp_secret_comparisons_total", "Secrets compared by bcrypt (cold), or known from before (warm).", `kind="cold"`, `kind="warm"`)
 	counted("histogram", "agentidp_store_call_duration_seconds", "Time of a call: a query, a batch of them, a script.")
 	counted("counter", "agentidp_store_errors_total", "Calls that failed, or found no connection.", `store="postgres"`, `store="redis"`)
-	number("gauge", "agentidp_postgres_up", "Whether PostgreSQL could be written to when last tried.", is[s.postgresUp.Load()])
-	number("gauge", "agentidp_redis_up", "Whether Redis answered when last tried, and is set up to keep what it has.", is[s.redisUp.Load()])
-	number("gauge", "agentidp_redis_trusted", "Whether this copy has found within its lease that Redis has all revocations.", is[time.Since(time.UnixMilli(m.vouched.Load())) < lease])
+	number("gauge", "agentidp_postgres_up", "Whether events were committed within the last second, or could have been.", is[s.postgres.well()])
+	number("gauge", "agentidp_redis_up", "Whether Redis could count within the last second.", is[s.redis.well()])
+	number("gauge", "agentidp_clock_distance_seconds", "How far PostgreSQL's clock is ahead of this machine's.", s.clockDistance().Seconds())
 	counted("histogram", "agentidp_audit_batch_events", "Events stored together for concurrent requests.")
 	counted("histogram", "agentidp_audit_commit_duration_seconds", "Time of the transaction that stores a batch, also where it failed.")
 	number("gauge", "agentidp_audit_queue_events", "Events that wait to be stored.", len(s.recorder.waiting))

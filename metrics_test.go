@@ -294,7 +294,7 @@ func TestMetricsFollowWhatHappens(t *testing.T) {
 		p.eventually("the keeper has called "+store, func() bool { return p.metric(storeCalls(store)) > before })
 	}
 
-	p.eventually("redis is trusted", func() bool { return p.metric("agentidp_redis_trusted") == 1 })
+	p.eventually("redis is up", func() bool { return p.metric("agentidp_redis_up") == 1 })
 	all := p.scrape()
 	for series, want := range map[string]float64{
 		"agentidp_http_requests_in_flight": 0, "agentidp_audit_queue_events": 0, "agentidp_audit_queue_capacity_events": queueSize,
@@ -378,43 +378,36 @@ func TestMetricsTellHowTheStoresAre(t *testing.T) {
 		before := p.metric(series)
 		p.eventually(series+" rises", func() bool { return p.metric(series) > before })
 	}
-	is("agentidp_redis_trusted", 1)
+	is("agentidp_redis_up", 1)
 	none := p.metric(storeErrors("postgres"))
 
 	cache.kill()
 	is("agentidp_redis_up", 0)
-	is("agentidp_redis_trusted", 0)
 	rises(storeErrors("redis"))
 	if n := p.metric(storeErrors("postgres")); n != none || p.metric("agentidp_postgres_up") != 1 {
 		t.Errorf("without Redis, PostgreSQL has failed %v times, want %v", n, none)
 	}
 	cache.start()
 	is("agentidp_redis_up", 1)
-	is("agentidp_redis_trusted", 1)
-	if _, err := cache.client.ConfigSet(t.Context(), "maxmemory", "100mb").Result(); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := cache.client.ConfigSet(t.Context(), "maxmemory-policy", "allkeys-lru").Result(); err != nil {
-		t.Fatal(err)
-	}
-	is("agentidp_redis_trusted", 0) // it may evict
-	is("agentidp_redis_up", 0)
-	if _, err := cache.client.ConfigSet(t.Context(), "maxmemory-policy", "noeviction").Result(); err != nil {
-		t.Fatal(err)
-	}
-	is("agentidp_redis_trusted", 1)
+	cache.set("maxmemory", "1")
+	is("agentidp_redis_up", 0) // it can't count
+	cache.set("maxmemory", "0")
+	is("agentidp_redis_up", 1)
 
 	postgres.hang()
 	is("agentidp_postgres_up", 0)
 	rises(storeErrors("postgres"))
-	is("agentidp_redis_trusted", 0) // nobody looks whether it lacks a revocation
+	is("agentidp_redis_up", 1) // each store is judged by its own answers
+	cache.hang()
+	is("agentidp_redis_up", 0)
+	cache.resume()
+	is("agentidp_redis_up", 1)
 	p.moves("a request that PostgreSQL doesn't answer", func() {
 		p.want(p.form(p.id, p.secret, "", "grant_type=client_credentials"), 503, "temporarily_unavailable")
 	}, map[string]float64{requests("POST /api/v1/token", "503"): 1, issued: 0, refusal("temporarily_unavailable"): 1,
 		`agentidp_http_request_duration_seconds_bucket{route="POST /api/v1/token",le="1"}`: 0, tokenTime: 1}) // it waits for longer than that
 	postgres.resume()
 	is("agentidp_postgres_up", 1)
-	is("agentidp_redis_trusted", 1)
 
 	postgres.kill()
 	is("agentidp_postgres_up", 0)
@@ -888,7 +881,8 @@ func TestPgxTellsTheMeter(t *testing.T) {
 
 // At a bound, a value is within it, as Prometheus has it ("le").
 func TestHistogramBounds(t *testing.T) {
-	s := &server{meter: newMeter(), recorder: &queue[event, bool]{}}
+	s := &server{meter: newMeter(), recorder: &queue[event, bool]{}, redis: &cache{}}
+	s.clock.Store(&reading{time.Now(), time.Now()})
 	for _, v := range []float64{.5, .5, .500001, 11, 0} {
 		s.meter.add(v, "agentidp_audit_commit_duration_seconds", "")
 	}
@@ -948,7 +942,8 @@ func BenchmarkMeterOfAQuery(b *testing.B) {
 
 // A scrape of a copy all of whose routes were called.
 func BenchmarkScrape(b *testing.B) {
-	s := &server{meter: newMeter(), recorder: &queue[event, bool]{}}
+	s := &server{meter: newMeter(), recorder: &queue[event, bool]{}, redis: &cache{}}
+	s.clock.Store(&reading{time.Now(), time.Now()})
 	for _, rt := range s.routes() {
 		s.meter.add(.01, "agentidp_http_request_duration_seconds", `route="`+rt.pattern+`"`)
 	}

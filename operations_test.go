@@ -209,9 +209,9 @@ func rotateByHangup(t *testing.T, old, next string) {
 		}
 	}
 	// A token of the old key that outlives it.
-	now := time.Now()
+	now, credentialID := time.Now(), newID()
 	lasting, err := mustReadKeys(t, old, "").sign(accessToken, claims{Issuer: "http://idp.test", Subject: p.id, Audience: audience{"http://idp.test"},
-		ClientID: p.id, Scope: agentsRead, ID: newID(), IssuedAt: now.Unix(), Expires: now.Add(time.Hour).Unix(), CredentialID: newID(), SecretID: newID()})
+		ClientID: p.id, Scope: agentsRead, ID: newID(), IssuedAt: now.Unix(), Expires: now.Add(time.Hour).Unix(), CredentialID: credentialID, SecretID: p.secretOf(p.id, credentialID)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,7 +19,7 @@ import (
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 4140
+const maxLines = 4340
 
 // A sourceFile is a Go file of the package, parsed.
 type sourceFile struct {
@@ -74,7 +74,7 @@ var importers = map[string]string{
 	"crypto/x509":                  "jwt.go",
 	"golang.org/x/crypto":          "credential.go",
 	"os":                           "main.go",
-	"embed":                        "main.go",
+	"embed":                        "main.go store.go",
 	"github.com/redis/go-redis/v9": "main.go ratelimit.go token.go",
 	"unsafe":                       "",
 	"reflect":                      "",

@@ -17,40 +17,45 @@ import (
 	"github.com/redis/go-redis/v9"
 )
 
-// admitScript answers in one round trip whether a token is revoked and whether
-// its client may have one more request, and counts that request if so.
+// Requests by a token are counted apart from those by a credential, so that who
+// stole a token can't spend what its client needs to end it; and changes by who
+// may make them apart from all else, so that a token of a narrow scope can't
+// either. Each is a window of the agent.
+const (
+	byCredential = "client:"
+	byToken      = "token:"
+	toChange     = "change:"
+)
+
+// admitScript answers in one round trip whether a request is one too many for
+// its window and its client's quota, and counts it if it isn't; and whether its
+// token is known as revoked, which refuses it.
 //
-// KEYS are the warm marker, the monthly counter, and revoked:<id> of each id of
-// the token (none where a secret was presented instead). ARGV are the owner of
-// the window, its limit, the monthly quota, what PostgreSQL counted of it so
-// far (-1: not asked), and when the month ends. A limit of 0 is none.
+// KEYS are the monthly counter and the revocation of the token, each of which
+// may be empty. ARGV are the owner of the window, its limit, the monthly quota,
+// what PostgreSQL counted of it so far (-1: not asked), and when the month ends.
+// A limit of 0 is none.
 //
 // The clock is Redis's own. Window and expiry are set in one script, so that
 // no crash leaves a counter that never ends. What is refused is not counted,
 // except a request that finds the quota spent.
 var admitScript = redis.NewScript(`
 local limit, quota, seed = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-if #KEYS > 2 then
-	-- An absent revocation counts only in the very Redis that was warmed up.
-	local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-	if redis.call('GET', KEYS[1]) ~= run then return {'cold'} end
-	for i = 3, #KEYS do
-		if tonumber(redis.call('GET', KEYS[i]) or 0) > 0 then return {'revoked'} end
-	end
-end
+if KEYS[2] ~= '' and redis.call('EXISTS', KEYS[2]) == 1 then return {'revoked'} end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local window, elapsed = math.floor(now / 60000), now % 60000
 local key = 'rate:' .. ARGV[1] .. ':'
-local current = tonumber(redis.call('GET', key .. window) or 0)
-local previous = tonumber(redis.call('GET', key .. window - 1) or 0)
+local current, previous = 0, 0
 if limit > 0 then
+	current = tonumber(redis.call('GET', key .. window) or 0)
+	previous = tonumber(redis.call('GET', key .. window - 1) or 0)
 	if previous * (60000 - elapsed) / 60000 + current + 1 > limit then
 		return {'limited', previous, current, now}
 	end
 end
-local used = quota > 0 and tonumber(redis.call('GET', KEYS[2]) or seed) or 0
-if used < 0 and seed >= 0 then used = math.max(-used, seed) end -- a counter in doubt (token.go)
+local used = quota > 0 and tonumber(redis.call('GET', KEYS[1]) or seed) or 0
+if used < 0 then used = seed end -- 0.1.0 left such
 if used < 0 then return {'uncounted'} end
 if limit > 0 then
 	current = redis.call('INCR', key .. window)
@@ -58,12 +63,11 @@ if limit > 0 then
 end
 if quota > 0 then
 	if used >= quota then return {'spent', previous, current, now} end
-	redis.call('SET', KEYS[2], used + 1, 'PXAT', ARGV[5])
+	redis.call('SET', KEYS[1], used + 1, 'PXAT', ARGV[5])
 end
 return {'admitted', previous, current, now}`)
 
-// giveBackScript takes back one count, unless its window is over or it is in
-// doubt.
+// giveBackScript takes back one count, unless its window is over.
 var giveBackScript = redis.NewScript(`
 if tonumber(redis.call('GET', KEYS[1]) or 0) > 0 then redis.call('DECR', KEYS[1]) end
 return {}`)
@@ -73,9 +77,10 @@ return {}`)
 const redisTimeout = 250 * time.Millisecond
 
 // A cache is Redis while it answers. After three failures in a row it isn't
-// asked again until the keeper (token.go) has found it well.
+// asked again until the keeper (store.go) has found it well.
 type cache struct {
 	*redis.Client
+	pulse    // beats when the keeper finds that it can count
 	asks     *queue[scriptCall, []any]
 	meter    *meter
 	failures atomic.Int32 // in a row
@@ -138,7 +143,7 @@ func (c *cache) serve(batch []*question[scriptCall, []any]) {
 	if failure == nil {
 		c.failures.Store(0)
 	} else if c.failures.Load() < 3 && c.failures.Add(1) == 3 {
-		slog.Error("redis lost: limits let through, revocation asks PostgreSQL", "error", failure)
+		slog.Error("redis lost: limits let through", "error", failure)
 	}
 }
 
@@ -166,7 +171,9 @@ func (c *cache) giveBack(ctx context.Context, key string) {
 	_, _ = c.ask(context.WithoutCancel(ctx), giveBackScript, []string{key})
 }
 
-// A verdict is what is known of a request.
+func revokedKey(tokenID string) string { return "revoked:" + tokenID }
+
+// A verdict is what Redis says of a request.
 type verdict struct {
 	state             string // admitted, limited, revoked, spent, uncounted; unlimited without Redis
 	limit             int64  // requests a minute; 0 is none
@@ -174,25 +181,27 @@ type verdict struct {
 	now               int64  // Redis's clock, in milliseconds since 1970
 }
 
-// admit asks admitScript, and PostgreSQL for what Redis doesn't know of
-// revocations. Owner is a client_id, or "ip:" and an address, or "" where no
-// request is to be counted; ids are those of the token; month is the quota's
-// counter, "" for none; counted is what PostgreSQL knows of it.
-func (s *server) admit(ctx context.Context, owner string, ids []string, month string, counted int64) (verdict, error) {
-	keys := []string{warmKey, month}
-	for _, id := range ids {
-		keys = append(keys, revokedKey(id))
-	}
-	limit, quota := s.cfg.rateLimit, s.cfg.monthlyTokenLimit
+// admit asks admitScript. Owner is a window of a client, or "ip:" and an
+// address, or "" where no request is to be counted; tokenID is the jti of the
+// token, "" for none; month is the quota's counter, "" for none; counted is what
+// PostgreSQL knows of it.
+func (s *server) admit(ctx context.Context, owner, tokenID, month string, counted int64) verdict {
+	limit, quota, revoked := s.cfg.rateLimit, s.cfg.monthlyTokenLimit, ""
 	if owner == "" {
 		limit = 0
 	}
 	if month == "" {
 		quota = 0
 	}
-	reply, err := s.redis.ask(ctx, admitScript, keys,
-		owner, limit, quota, counted, nextMonth(time.Now()).Add(24*time.Hour).UnixMilli())
+	if tokenID != "" {
+		revoked = revokedKey(tokenID)
+	}
 	v := verdict{state: "unlimited"}
+	if limit == 0 && quota == 0 && revoked == "" {
+		return v
+	}
+	reply, err := s.redis.ask(ctx, admitScript, []string{month, revoked},
+		owner, limit, quota, counted, nextMonth(s.now()).Add(24*time.Hour).UnixMilli())
 	if err == nil {
 		v.limit = int64(limit)
 		v.state, _ = reply[0].(string)
@@ -202,13 +211,7 @@ func (s *server) admit(ctx context.Context, owner string, ids []string, month st
 		v.current, _ = reply[2].(int64)
 		v.now, _ = reply[3].(int64)
 	}
-	if len(ids) == 0 || err == nil && v.state != "cold" {
-		return v, nil
-	}
-	if revoked, err := isRevoked(ctx, s.db, ids); revoked || err != nil {
-		return verdict{state: "revoked"}, err
-	}
-	return s.admit(ctx, owner, nil, month, counted)
+	return v
 }
 
 // wait returns the seconds until a refused client has a request left: until so

@@ -3,7 +3,9 @@
 -- It is embedded in the program and applied at every start, under an advisory
 -- lock, in one transaction. So everything here must be repeatable, and cheap
 -- when there is nothing to do. A service whose role doesn't own the tables only
--- checks that "migrate" has applied this very file; README.md has that role.
+-- checks that "migrate" has applied this version or a later one; README.md has
+-- that role. From version 2 on a change only adds, so that the program before
+-- does with it; and it raises schemaVersion in store.go.
 --
 -- Times are UTC with milliseconds, as they are served: what is hashed into the
 -- audit chain is what is stored and what is answered.
@@ -38,31 +40,35 @@ create table if not exists credentials (
     -- The first 16 hex digits of the secret find the one row to compare with.
     secret_prefix text not null check (secret_prefix ~ '^[0-9a-f]{16}$'),
     secret_hash   text not null, -- bcrypt
-    -- New with every rotation. Tokens carry it, so that a rotation revokes the
-    -- tokens of the old secret and no others, whatever the clocks say.
+    -- New with every rotation. Tokens carry it, and are dead where it is another.
     secret_id     uuid not null,
     check ((status = 'revoked') = (revoked_at is not null))
 );
 create unique index if not exists credentials_secret_prefix on credentials (secret_prefix);
 create index if not exists credentials_client_id on credentials (client_id, credential_id);
 
--- What is revoked: a token (by jti), the secret before a rotation, a
--- credential, or an agent; id is the one that tokens carry. Rows are of no use
--- once every token that they concern has expired, and are then deleted.
-create sequence if not exists token_revocations_revision;
+-- 0.1.0 kept here whatever was revoked. What it has beside tokens is in the
+-- state of credentials and agents too.
+do $$
+begin
+    if exists (select from pg_attribute
+        where attrelid = to_regclass('token_revocations') and attname = 'lifted' and not attisdropped)
+    then
+        delete from token_revocations where kind <> 'token';
+        alter table token_revocations rename column id to jti;
+        alter table token_revocations
+            drop column kind, drop column revision, drop column lifted, drop column in_redis, drop column revoked_at;
+        drop sequence token_revocations_revision;
+    end if;
+end $$;
+
+-- Tokens that were revoked one by one. What else ends a token is the state of
+-- its credential and its agent. A row is of no use once its token has expired
+-- by any clock, and is then deleted.
 create table if not exists token_revocations (
-    id         uuid primary key,
-    kind       text not null check (kind in ('token', 'secret', 'credential', 'agent')),
-    -- The later revision of a row wins in Redis, in whatever order two copies'
-    -- writes arrive there.
-    revision   bigint not null default nextval('token_revocations_revision'),
-    lifted     boolean not null default false, -- a suspended agent was reactivated
-    in_redis   boolean not null default false, -- Redis is known to have this revision
-    revoked_at timestamptz not null default date_trunc('milliseconds', clock_timestamp()),
+    jti        uuid primary key,
     expires_at timestamptz not null
 );
-create index if not exists token_revocations_to_send on token_revocations (revision) where not in_redis;
-create unique index if not exists token_revocations_revision_key on token_revocations (revision);
 create index if not exists token_revocations_expires_at on token_revocations (expires_at);
 
 -- The audit log: one gapless chain of hashes over all partitions (audit.go

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"mime"
 	"net/url"
 	"regexp"
@@ -14,7 +13,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/redis/go-redis/v9"
 )
 
 const maxTokenTTL = 24 * time.Hour
@@ -30,11 +28,7 @@ func (r *request) parseForm() error {
 		len(types) != 1 || mediaType != "application/x-www-form-urlencoded" {
 		return errForm.because("The Content-Type must be application/x-www-form-urlencoded, once; it was '" + clip(strings.Join(types, ", ")) + "'.")
 	}
-	body, err := r.readBody()
-	if err != nil {
-		return err
-	}
-	form, err := url.ParseQuery(string(body))
+	form, err := url.ParseQuery(string(r.body))
 	if err != nil {
 		return errForm.because("The body must be name=value pairs, with % only before two hex digits and no ;.")
 	}
@@ -48,60 +42,55 @@ func (r *request) parseForm() error {
 }
 
 // identify finds out who sent a bearer token (RFC 6750, section 2.1), that it
-// is for this service, not revoked, and within its client's limit.
+// is for this service, valid now, and alive.
 func (s *server) identify(r *request) error {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
 		return errNoToken
 	}
-	c, err := s.keys.Load().verify(strings.TrimLeft(token, " "), s.cfg.issuer, time.Now())
+	c, err := s.keys.Load().verify(strings.TrimLeft(token, " "), s.cfg.issuer)
 	if err == nil && !slices.Contains(c.Audience, s.cfg.issuer) {
 		err = fmt.Errorf("a token for %s; ask for one without resource, or for %s too", clip(strings.Join(c.Audience, " ")), s.cfg.issuer)
+	}
+	if err == nil {
+		err = c.validAt(s.now())
 	}
 	if err != nil {
 		return errInvalidToken.because("This is " + err.Error() + ".")
 	}
-	v, err := s.admit(r.Context(), c.Subject, c.revocationIDs(), "", 0)
-	if err != nil {
-		return err
+	alive, err := s.lives.put(r.Context(), c.origin()).wait()
+	if err == nil && !alive {
+		err = errInvalidToken
 	}
-	v.setHeaders(r.out)
-	switch v.state {
-	case "revoked":
-		return errInvalidToken
-	case "limited":
-		s.meter.add(1, "agentidp_limit_rejections_total", `limit="client"`)
-		return errRateLimited
+	if err == nil {
+		r.caller = caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
 	}
-	r.caller = caller{
-		agentID: c.Subject, credentialID: c.CredentialID, secretID: c.SecretID, scopes: strings.Fields(c.Scope),
-	}
-	return nil
+	return err
 }
 
 // issueToken is the client credentials grant (RFC 6749, section 4.4).
 func (s *server) issueToken(r *request) (any, error) {
 	scope, audience, bad := s.checkGrant(r)
-	month := monthKey(r.caller.agentID, time.Now())
+	now := s.now()
+	month := monthKey(r.caller.AgentID, now)
 	if bad != nil || s.cfg.monthlyTokenLimit == 0 {
 		month = "" // spends nothing of the quota
 	}
-	counted, err := s.spend(r, month)
+	counted, err := s.spend(r, byCredential, month)
 	if err != nil {
 		return nil, err
 	}
 	if bad != nil {
 		return nil, bad
 	}
-	now := time.Now()
 	expires := now.Add(s.cfg.tokenTTL).Unix()
 	if end := r.caller.expiresAt; end != nil { // no token outlives its credential
 		expires = min(expires, end.Unix())
 	}
 	c := claims{
-		Issuer: s.cfg.issuer, Subject: r.caller.agentID, Audience: audience, ClientID: r.caller.agentID, Scope: scope,
-		ID: newID(), IssuedAt: now.Unix(), Expires: expires,
-		CredentialID: r.caller.credentialID, SecretID: r.caller.secretID,
+		Issuer: s.cfg.issuer, Subject: r.caller.AgentID, Audience: audience, ClientID: r.caller.AgentID, Scope: scope,
+		ID: s.newID(), IssuedAt: now.Unix(), Expires: expires,
+		CredentialID: r.caller.CredentialID, SecretID: r.caller.SecretID,
 	}
 	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": scope, "exp": expires}
 	if audience[0] != s.cfg.issuer || len(audience) > 1 {
@@ -195,34 +184,36 @@ func grantAudience(resources []string, issuer string) (audience, error) {
 	return aud, nil
 }
 
-// spend counts the request for its client's limit, and where month isn't empty
-// for its quota; counted says whether the latter has to be given back if
-// nothing comes of it. A quota that Redis has lost is counted anew.
-func (s *server) spend(r *request, month string) (counted bool, err error) {
-	v, err := s.admit(r.Context(), r.caller.agentID, nil, month, -1)
-	if err == nil && v.state == "uncounted" {
+// spend counts the request of an authenticated caller in the window that it
+// belongs to, and where month isn't empty for its client's quota; counted says
+// whether the latter has to be given back if nothing comes of it. A quota that
+// Redis doesn't know is counted from the audit log.
+func (s *server) spend(r *request, window, month string) (counted bool, err error) {
+	owner := window + r.caller.AgentID
+	v := s.admit(r.Context(), owner, r.caller.TokenID, month, -1)
+	if v.state == "uncounted" {
 		var n int64
 		err = s.db.QueryRow(r.Context(), `
 			select count(*)
 			from audit_events
 			where agent_id = $1 and action = 'token.issued' and outcome = 'success'
-				and "timestamp" >= date_trunc('month', now(), 'UTC')`, r.caller.agentID).Scan(&n)
-		if err == nil {
-			v, err = s.admit(r.Context(), r.caller.agentID, nil, month, n)
+				and "timestamp" >= date_trunc('month', now(), 'UTC')`, r.caller.AgentID).Scan(&n)
+		if err != nil {
+			return false, fmt.Errorf("counting this month's tokens: %w", err)
 		}
-	}
-	if err != nil {
-		return false, fmt.Errorf("counting this month's tokens: %w", err)
+		v = s.admit(r.Context(), owner, r.caller.TokenID, month, n)
 	}
 	v.setHeaders(r.out)
 	switch v.state {
+	case "revoked":
+		return false, errInvalidToken
 	case "limited":
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="client"`)
 		return false, errRateLimited
 	case "spent":
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="quota"`)
 		return false, errQuota.because(fmt.Sprintf("The monthly quota of %d tokens is spent. It resets at %s.",
-			s.cfg.monthlyTokenLimit, moment{nextMonth(time.Now())}))
+			s.cfg.monthlyTokenLimit, moment{nextMonth(s.now())}))
 	}
 	return v.state == "admitted" && month != "", nil
 }
@@ -234,16 +225,18 @@ func (s *server) introspectToken(r *request) (any, error) {
 	if token == "" {
 		return nil, errForm.because("The body lacks token=TOKEN, the one that this is about.")
 	}
-	c, err := s.keys.Load().verify(token, s.cfg.issuer, time.Now())
-	active := err == nil
+	c, err := s.keys.Load().verify(token, s.cfg.issuer)
+	active := err == nil && c.validAt(s.now()) == nil
 	f := facts{}
 	if active {
 		f["jti"] = c.ID
-		v, err := s.admit(r.Context(), "", c.revocationIDs(), "", 0)
+		life := s.lives.put(r.Context(), c.origin()) // is looked for while Redis is asked
+		known := s.admit(r.Context(), "", c.ID, "", 0)
+		alive, err := life.wait()
 		if err != nil {
 			return nil, err
 		}
-		active = v.state != "revoked"
+		active = alive && known.state != "revoked"
 	}
 	f["active"] = active
 	if err := s.record(r, newEvent(tokenIntrospected, c.Subject, f))(); err != nil {
@@ -259,283 +252,97 @@ func (s *server) introspectToken(r *request) (any, error) {
 	}{true, "Bearer", c}, nil
 }
 
-// revokeToken is RFC 7009. A token that is not valid any more needs nothing.
+// revokeToken is RFC 7009. What is no token of ours needs nothing. One that isn't
+// valid for its time alone is revoked all the same, and that is kept for a day
+// more than it is needed: a clock may be wrong, and be set right again.
 func (s *server) revokeToken(r *request) (any, error) {
 	token := r.form.Get("token")
 	if token == "" {
 		return nil, errForm.because("The body lacks token=TOKEN, the one that this is about.")
 	}
-	c, err := s.keys.Load().verify(token, s.cfg.issuer, time.Now())
+	c, err := s.keys.Load().verify(token, s.cfg.issuer)
 	if err != nil {
 		return struct{}{}, nil
 	}
+	useless := time.Unix(c.Expires, 0).Add(24 * time.Hour)
 	e := newEvent(tokenRevoked, c.Subject, facts{"jti": c.ID})
-	if c.Subject != r.caller.agentID && !r.caller.has(agentsWrite) {
+	if c.Subject != r.caller.AgentID && !r.caller.has(agentsWrite) {
 		return nil, s.refused(r, e, errForm.because("This token was issued to another client; to revoke it takes the scope agents:write."))
 	}
-	return struct{}{}, s.change(r, func(ctx context.Context, tx *change) (event, error) {
-		fresh, err := tx.revoke(ctx, "token", c.ID, time.Unix(c.Expires, 0).Add(time.Hour))
-		if !fresh {
-			return event{}, err // revoked before: nothing happens that would be an event
+	err = s.change(r, c.Subject, func(ctx context.Context, tx *change) (event, error) {
+		done, err := tx.Exec(ctx, `
+			insert into token_revocations (jti, expires_at)
+			values ($1, $2)
+			on conflict (jti) do nothing`, c.ID, useless)
+		if err != nil {
+			return event{}, fmt.Errorf("revoking: %w", err)
 		}
-		return e, err
+		if done.RowsAffected() == 0 { // revoked before: nothing happens that would be an event
+			return event{}, nil
+		}
+		return e, nil
 	})
+	if left := useless.Sub(s.now()); err == nil && left > 0 { // Redis may know it too; nobody waits for that, and nothing depends on it
+		go s.redis.Set(context.WithoutCancel(r.Context()), revokedKey(c.ID), 1, left)
+	}
+	return struct{}{}, err
 }
 
-// Revocation. A revocation is a row in token_revocations, under the id that
-// tokens carry; Redis has a copy as revoked:<id>, whose value is the row's
-// revision, negative where the revocation was lifted. Absence there counts only
-// while warmKey holds the run_id of that very Redis process.
-//
-// The keeper of any copy sets warmKey after it has copied all rows, and then
-// keeps it alive for one lease at a time, counted from before it has last seen
-// that PostgreSQL has no row which Redis lacks. So a revocation that does not
-// reach Redis is waited out: a lease after its commit nobody trusts a Redis
-// that lacks it. Without warmKey, PostgreSQL is asked.
-const (
-	warmKey = "revoked:warm"
-	lease   = 2 * time.Second
-)
-
-func revokedKey(id string) string { return "revoked:" + id }
-
-// lastExpiry is when every token issued until now has surely expired.
-func lastExpiry() time.Time { return time.Now().Add(maxTokenTTL + time.Hour) }
-
-// A revocation as Redis is to have it.
-type revocation struct {
-	ID       string
-	Revision int64 // negative: lifted
-	Lifetime int64 // milliseconds until it is of no use
+// An origin is what a token came from, or a client that proved itself. A token
+// is alive while all of that is: nothing else has to be kept, copied or waited
+// for when an agent or a credential is cut off.
+type origin struct {
+	AgentID, CredentialID string
+	SecretID              string // changes when the credential is rotated
+	TokenID               string // its jti; of a client ""
 }
 
-// revoke is part of a change: what bears this id is refused from the answer
-// on. Fresh is false where it was revoked already.
-func (tx *change) revoke(ctx context.Context, kind, id string, expires time.Time) (fresh bool, err error) {
-	tx.revokes = true
-	err = tx.QueryRow(ctx, `
-		insert into token_revocations as old (id, kind, expires_at)
-		values ($1, $2, $3)
-		on conflict (id) do update
-		set lifted = false, in_redis = false, revision = default,
-			revoked_at = date_trunc('milliseconds', clock_timestamp()),
-			expires_at = greatest(old.expires_at, excluded.expires_at)
-		returning xmax = 0`, id, kind, expires).Scan(&fresh)
-	if err != nil {
-		return false, fmt.Errorf("revoking: %w", err)
-	}
-	return fresh, nil
-}
+func (c claims) origin() origin { return origin{c.Subject, c.CredentialID, c.SecretID, c.ID} }
 
-// lift is part of a change: what was revoked counts again.
-func (tx *change) lift(ctx context.Context, id string) error {
-	tx.revokes = true
-	return execSQL(ctx, tx, "lifting a revocation", `
-		update token_revocations
-		set lifted = true, in_redis = false, revision = default
-		where id = $1`, id)
-}
-
-// isRevoked asks PostgreSQL.
-func isRevoked(ctx context.Context, db querier, ids []string) (revoked bool, err error) {
-	err = db.QueryRow(ctx, `
-		select exists (
-			select
-			from token_revocations
-			where id = any($1) and not lifted and expires_at > now())`, ids).Scan(&revoked)
-	if err != nil {
-		return false, fmt.Errorf("looking for a revocation: %w", err)
-	}
-	return revoked, nil
-}
-
-// putScript copies revocations: KEYS are theirs, ARGV revision and lifetime of
-// each. The later revision wins, in whatever order two copies' writes arrive.
-var putScript = redis.NewScript(`
-for i, key in ipairs(KEYS) do
-	local revision = tonumber(ARGV[2 * i - 1])
-	if math.abs(revision) > math.abs(tonumber(redis.call('GET', key) or 0)) then
-		redis.call('SET', key, ARGV[2 * i - 1], 'PX', ARGV[2 * i])
-	end
-end
-return {}`)
-
-func (c *cache) put(ctx context.Context, list []revocation) error {
-	keys, args := make([]string, len(list)), make([]any, 0, 2*len(list))
-	for i, r := range list {
-		keys[i] = revokedKey(r.ID)
-		args = append(args, r.Revision, r.Lifetime)
-	}
-	_, err := c.run(ctx, putScript, keys, args...)
-	return err
-}
-
-// publish makes committed revocations effective on every copy before it
-// returns: in Redis, or by waiting until no copy trusts Redis without them.
-func (s *server) publish(ctx context.Context) {
-	if s.copyRevocations(ctx, s.db, false) != nil {
-		time.Sleep(lease)
-	}
-}
-
-// leaseScript tells Redis's time, whether warmKey is this Redis process's, and
-// whether keys may be evicted. Where a warm-up is to begin, it leaves a mark.
-var leaseScript = redis.NewScript(`
-local time = redis.call('TIME')
-local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-local memory = redis.call('INFO', 'memory')
-local evicts = string.match(memory, '\nmaxmemory:(%d+)') ~= '0'
-	and string.match(memory, 'maxmemory_policy:(%w+)') ~= 'noeviction'
-local warm = redis.call('GET', KEYS[1]) == run
-if not warm and ARGV[1] == 'begin' then redis.call('SET', KEYS[2], run, 'PX', 60000) end
-return {time[1] * 1000 + math.floor(time[2] / 1000), warm and 1 or 0, evicts and 1 or 0}`)
-
-// vouchScript renews warmKey until ARGV[1]; or sets it anew, if the mark shows
-// that nothing was lost since the warm-up began.
-var vouchScript = redis.NewScript(`
-local run = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)')
-if redis.call('GET', KEYS[1]) == run or redis.call('GET', KEYS[2]) == run then
-	redis.call('SET', KEYS[1], run, 'PXAT', ARGV[1])
-end
-return {}`)
-
-var errEvicts = errors.New("redis may evict keys: set maxmemory-policy to noeviction")
-
-// keepWarm copies to Redis what it lacks of token_revocations, and renews the
-// lease on its trust.
-func (s *server) keepWarm(ctx context.Context) error {
-	keys := []string{warmKey, "revoked:warming:" + newID()}
-	state, err := s.redis.run(ctx, leaseScript, keys, "begin")
-	if err != nil {
-		return err
-	}
-	cold := state[1] == int64(0)
-	if state[2] == int64(1) {
-		err = errEvicts
-	} else if cold {
-		slog.Info("warming redis up")
-		err = errors.Join(s.doubtQuotas(ctx), s.copyRevocations(ctx, s.inner, true))
-	}
-	if err == nil && cold { // from here on, what Redis lacks is not in_redis
-		state, err = s.redis.run(ctx, leaseScript, keys, "go on")
-	}
-	if err == nil {
-		err = s.copyRevocations(ctx, s.inner, false)
-	}
-	if err != nil {
-		return err
-	}
-	now, _ := state[0].(int64)
-	_, err = s.redis.run(ctx, vouchScript, keys, now+lease.Milliseconds())
-	return err
-}
-
-// doubtScript marks a counter as too low, perhaps, or deletes it if it is 0.
-var doubtScript = redis.NewScript(`
-local used = tonumber(redis.call('GET', KEYS[1]) or 0)
-if used > 0 then redis.call('SET', KEYS[1], -used, 'KEEPTTL') elseif used == 0 then redis.call('DEL', KEYS[1]) end
-return {}`)
-
-// doubtQuotas makes the monthly counters be counted anew, from the audit log: a
-// Redis that isn't warm may have lost some of what they counted. What they have
-// is kept as the least, since the log lacks what is being issued meanwhile.
-func (s *server) doubtQuotas(ctx context.Context) error {
-	keys := s.redis.Scan(ctx, 0, "monthly:*", 1000).Iterator()
-	for keys.Next(ctx) {
-		if _, err := s.redis.run(ctx, doubtScript, []string{keys.Val()}); err != nil {
-			return fmt.Errorf("doubting quotas: %w", err)
+// areAlive tells of each origin whether it is: its credential is active and has
+// that secret, its agent is active, and its jti is not revoked.
+func areAlive(ctx context.Context, db querier, of ...origin) ([]bool, error) {
+	credentials, tokens := make([]string, len(of)), make([]string, 0, len(of))
+	for i, o := range of {
+		if credentials[i] = o.CredentialID; o.TokenID != "" {
+			tokens = append(tokens, o.TokenID)
 		}
 	}
-	if err := keys.Err(); err != nil {
-		return fmt.Errorf("%w: listing quotas: %w", errNoRedis, err)
-	}
-	return nil
-}
-
-// copyRevocations copies to Redis all rows, or those that it may lack.
-func (s *server) copyRevocations(ctx context.Context, db querier, all bool) error {
-	last, err := int64(0), error(nil)
-	for more := true; more && err == nil; {
-		last, more, err = s.copyPiece(ctx, db, all, last)
-	}
-	return err
-}
-
-// copyPiece copies the next rows after a revision.
-func (s *server) copyPiece(ctx context.Context, db querier, all bool, after int64) (last int64, more bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, storeTimeout)
-	defer cancel()
 	rows, _ := db.Query(ctx, `
-		select id, case when lifted then -revision else revision end,
-			greatest(1, ceil(extract(epoch from expires_at - now()) * 1000))::bigint
+		select c.client_id::text, c.credential_id::text, c.secret_id::text, ''
+		from credentials c
+		join agents a on a.agent_id = c.client_id
+		where c.credential_id = any($1) and c.status = 'active' and a.status = 'active'
+		union all
+		select '', '', '', jti::text
 		from token_revocations
-		where revision > $1 and expires_at > now() and ($2::boolean or not in_redis)
-		order by token_revocations.revision
-		limit 1000`, pgx.QueryExecModeExec, after, all)
-	piece, err := pgx.CollectRows(rows, pgx.RowToStructByPos[revocation])
-	if err == nil && len(piece) > 0 {
-		err = s.redis.put(ctx, piece)
+		where jti = any($2)`, credentials, tokens)
+	found, err := pgx.CollectRows(rows, pgx.RowToStructByPos[origin])
+	if err != nil {
+		return nil, fmt.Errorf("asking what is alive: %w", err)
 	}
-	if err != nil || len(piece) == 0 {
-		return after, false, err
+	there, alive := map[origin]bool{}, make([]bool, len(of))
+	for _, o := range found {
+		there[o] = true
 	}
-	revisions := make([]int64, len(piece))
-	for i, r := range piece {
-		revisions[i] = max(r.Revision, -r.Revision)
+	for i, o := range of {
+		alive[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}] && !there[origin{TokenID: o.TokenID}]
 	}
-	return slices.Max(revisions), true, execSQL(ctx, db, "marking what Redis has", `
-		update token_revocations
-		set in_redis = true
-		where not in_redis and revision = any($1)`, revisions)
+	return alive, nil
 }
 
-// startKeeper starts what watches over both stores, and returns what stops it.
-// Whatever is wrong is logged when it begins, and tried again.
-func (s *server) startKeeper() (stop func()) {
-	ctx, cancel := context.WithCancel(context.Background())
-	stopped := make(chan struct{})
-	go func() {
-		defer close(stopped)
-		troubled := false
-		for beat := 0; ctx.Err() == nil; beat++ {
-			err := s.keepWell(ctx, beat)
-			if (err != nil) != troubled && ctx.Err() == nil {
-				troubled = err != nil
-				slog.Warn("stores", "well", !troubled, "error", err)
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(lease / 4):
-			}
+// answerLives answers all who ask at the same time by one question.
+func (s *server) answerLives(batch []*question[origin, bool]) {
+	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+	defer cancel()
+	asked := make([]origin, len(batch))
+	for i, q := range batch {
+		asked[i] = q.asked
+	}
+	alive, err := areAlive(ctx, s.inner, asked...)
+	for i, q := range batch {
+		if q.err = err; err == nil {
+			q.answer = alive[i]
 		}
-	}()
-	return func() { cancel(); <-stopped }
-}
-
-func (s *server) keepWell(ctx context.Context, beat int) error {
-	ping, cancel := context.WithTimeout(ctx, storeTimeout)
-	// A PostgreSQL that is read-only is of no use: nothing can be recorded.
-	err := execSQL(ping, s.inner, "asking PostgreSQL to write", `select nextval('token_revocations_revision')`)
-	if err == nil && beat%20 == 0 { // few at a time, since a long stop may have left many
-		err = execSQL(ping, s.inner, "deleting expired revocations", `
-			delete from token_revocations
-			where id in (select id from token_revocations where expires_at < now() - interval '1 minute' limit 10000)`)
 	}
-	cancel()
-	s.postgresUp.Store(err == nil)
-	if err != nil { // else each connection that is dead unseen would cost a time-out, one after another
-		s.db.Reset()
-		s.inner.Reset()
-	}
-	if err == nil {
-		warm, cancel := context.WithTimeout(ctx, time.Minute)
-		err = s.keepWarm(warm)
-		cancel()
-	}
-	s.redisUp.Store(!errors.Is(err, errNoRedis) && !errors.Is(err, errEvicts))
-	if err == nil {
-		s.meter.vouched.Store(time.Now().UnixMilli())
-		s.redis.found()
-	}
-	return err
 }

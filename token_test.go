@@ -104,7 +104,7 @@ func TestTokenEndpointRefusals(t *testing.T) {
 	id, secret := v.quickClient("resumes:read", "resumes:score", "files:*")
 	const formType = "application/x-www-form-urlencoded"
 	const good = "grant_type=client_credentials"
-	long := strings.Repeat("x", 70<<10)
+	long := strings.Repeat("x", 16<<10)
 	basic := basicAuth(id, secret)
 	for _, row := range []struct {
 		name   string
@@ -161,7 +161,7 @@ func TestTokenEndpointRefusals(t *testing.T) {
 		{"bad escape", good + "&scope=%zz", nil, 400, "invalid_request"},
 		{"half an escape", good + "&scope=%4", nil, 400, "invalid_request"},
 		{"semicolon", good + ";scope=resumes:read", nil, 400, "invalid_request"},
-		{"body over 64 kB", good + "&x=" + long, nil, 413, "invalid_request"},
+		{"body over 16 kB", good + "&x=" + long, nil, 413, "invalid_request"},
 	} {
 		header := []string{"Authorization", basic}
 		if row.types == nil {
@@ -244,12 +244,12 @@ func TestIssuedTokensAreUsable(t *testing.T) {
 	v := newService(t)
 	id, secret := v.quickClient("files:*")
 	var scopes []string
-	for i := range 4000 {
+	for i := range 1000 {
 		scopes = append(scopes, fmt.Sprintf("files:a%d", i))
 	}
 	for name, form := range map[string]string{
 		"many scopes":                "scope=" + strings.Join(scopes, "+"),
-		"one long scope":             "scope=files:" + strings.Repeat("a", 30<<10),
+		"one long scope":             "scope=files:" + strings.Repeat("a", 12<<10),
 		"a resource that is escaped": "resource=" + url.QueryEscape("https://a.example/?"+strings.Repeat("&", 2000)),
 		"a long resource":            "resource=https://a.example/" + strings.Repeat("a", 2000),
 	} {
@@ -579,7 +579,7 @@ func TestRevocation(t *testing.T) {
 	// compared with: a revocation must not end before its token.
 	var margin time.Duration
 	c := readClaims(t, token)
-	if err := v.db.QueryRow(t.Context(), `select expires_at - $2::timestamptz from token_revocations where id = $1`, c.ID, time.Unix(c.Expires, 0)).Scan(&margin); err != nil {
+	if err := v.db.QueryRow(t.Context(), `select expires_at - $2::timestamptz from token_revocations where jti = $1`, c.ID, time.Unix(c.Expires, 0)).Scan(&margin); err != nil {
 		t.Fatal(err)
 	}
 	if margin < time.Minute {

@@ -1,0 +1,140 @@
+-- The schema of AgentIdP: four tables. PostgreSQL 14 or later.
+--
+-- It is embedded in the program and applied at every start, under an advisory
+-- lock, in one transaction. So everything here must be repeatable, and cheap
+-- when there is nothing to do. A service whose role doesn't own the tables only
+-- checks that "migrate" has applied this very file; README.md has that role.
+--
+-- Times are UTC with milliseconds, as they are served: what is hashed into the
+-- audit chain is what is stored and what is answered.
+
+create table if not exists agents (
+    agent_id       uuid primary key, -- version 7: sorts by time of registration
+    email          text not null check (length(email) <= 255),
+    agent_type     text not null check (agent_type in (
+        'screener', 'classifier', 'orchestrator', 'extractor',
+        'summarizer', 'router', 'monitor', 'custom')),
+    version        text not null check (length(version) <= 64),
+    capabilities   text[] not null check (cardinality(capabilities) between 1 and 64),
+    owner          text not null check (length(owner) between 1 and 128),
+    deployment_env text not null check (deployment_env in ('development', 'staging', 'production')),
+    status         text not null default 'active' check (status in ('active', 'suspended', 'decommissioned')),
+    created_at     timestamptz not null default date_trunc('milliseconds', clock_timestamp()),
+    updated_at     timestamptz not null default date_trunc('milliseconds', clock_timestamp())
+);
+create unique index if not exists agents_email on agents (lower(email));
+create index if not exists agents_owner on agents (owner, agent_id);
+create index if not exists agents_type on agents (agent_type, agent_id);
+create index if not exists agents_status on agents (status, agent_id);
+create index if not exists agents_type_and_status on agents (agent_type, status, agent_id);
+
+create table if not exists credentials (
+    credential_id uuid primary key,
+    client_id     uuid not null references agents,
+    status        text not null default 'active' check (status in ('active', 'revoked')),
+    created_at    timestamptz not null default date_trunc('milliseconds', clock_timestamp()),
+    expires_at    timestamptz,
+    revoked_at    timestamptz,
+    -- The first 16 hex digits of the secret find the one row to compare with.
+    secret_prefix text not null check (secret_prefix ~ '^[0-9a-f]{16}$'),
+    secret_hash   text not null, -- bcrypt
+    -- New with every rotation. Tokens carry it, so that a rotation revokes the
+    -- tokens of the old secret and no others, whatever the clocks say.
+    secret_id     uuid not null,
+    check ((status = 'revoked') = (revoked_at is not null))
+);
+create unique index if not exists credentials_secret_prefix on credentials (secret_prefix);
+create index if not exists credentials_client_id on credentials (client_id, credential_id);
+
+-- What is revoked: a token (by jti), the secret before a rotation, a
+-- credential, or an agent; id is the one that tokens carry. Rows are of no use
+-- once every token that they concern has expired, and are then deleted.
+create sequence if not exists token_revocations_revision;
+create table if not exists token_revocations (
+    id         uuid primary key,
+    kind       text not null check (kind in ('token', 'secret', 'credential', 'agent')),
+    -- The later revision of a row wins in Redis, in whatever order two copies'
+    -- writes arrive there.
+    revision   bigint not null default nextval('token_revocations_revision'),
+    lifted     boolean not null default false, -- a suspended agent was reactivated
+    in_redis   boolean not null default false, -- Redis is known to have this revision
+    revoked_at timestamptz not null default date_trunc('milliseconds', clock_timestamp()),
+    expires_at timestamptz not null
+);
+create index if not exists token_revocations_to_send on token_revocations (revision) where not in_redis;
+create unique index if not exists token_revocations_revision_key on token_revocations (revision);
+create index if not exists token_revocations_expires_at on token_revocations (expires_at);
+
+-- The audit log: one gapless chain of hashes over all partitions (audit.go
+-- says how it is computed). A unique key of a partitioned table must hold the
+-- partition key; that seq alone is unique, the chain proves.
+create table if not exists audit_events (
+    event_id    uuid not null, -- holds timestamp and seq, and so needs no index
+    seq         bigint not null check (seq > 0),
+    "timestamp" timestamptz not null,
+    agent_id    uuid, -- whom it concerns
+    actor_id    uuid, -- who did it; null for the operator and for who is not known
+    action      text not null,
+    outcome     text not null check (outcome in ('success', 'failure')),
+    ip_address  text not null,
+    user_agent  text not null,
+    metadata    json not null, -- json, not jsonb: it keeps the bytes that were hashed
+    prev_hash   bytea not null check (length(prev_hash) = 32),
+    hash        bytea not null check (length(hash) = 32),
+    primary key (seq, "timestamp")
+) partition by range ("timestamp");
+create index if not exists audit_events_timestamp on audit_events ("timestamp");
+-- An agent's events are in two indexes. The first counts its tokens of this
+-- month, too, where Redis has lost its quota.
+create index if not exists audit_events_issued on audit_events (agent_id, seq)
+    where action = 'token.issued' and outcome = 'success';
+create index if not exists audit_events_agent_id on audit_events (agent_id, seq)
+    where action <> 'token.issued' or outcome <> 'success';
+-- Any action may be rare. What is most of all is kept small.
+create index if not exists audit_events_tokens on audit_events (seq) where action = 'token.issued';
+create index if not exists audit_events_action on audit_events (action, seq) where action <> 'token.issued';
+create index if not exists audit_events_failure on audit_events (seq) where outcome = 'failure';
+
+create or replace function audit_events_refuse() returns trigger language plpgsql as $$
+begin
+    raise exception '% on audit_events is refused: the log is append-only', tg_op
+        using errcode = 'insufficient_privilege';
+end $$;
+
+-- A partition for this month and each of the next twelve, so that retention is
+-- a DROP; behind them a default one, so that no event is ever homeless. Each
+-- refuses what the parent refuses, also when it is named directly.
+do $$
+declare
+    first timestamptz := date_trunc('month', now(), 'UTC');
+    part  text;
+    month timestamptz;
+begin
+    if to_regclass('audit_events_default') is null then
+        create table audit_events_default partition of audit_events default;
+    end if;
+    for i in 0..12 loop
+        month := (first at time zone 'UTC' + make_interval(months => i)) at time zone 'UTC';
+        part := 'audit_events_' || to_char(month at time zone 'UTC', 'YYYY_MM');
+        if to_regclass(part) is null then
+            begin
+                execute format('create table %I partition of audit_events for values from (%L) to (%L)',
+                    part, month, (month at time zone 'UTC' + interval '1 month') at time zone 'UTC');
+            exception when check_violation then
+                raise warning '% not made: audit_events_default has events of that month already', part;
+            end;
+        end if;
+    end loop;
+    for part in
+        select c.relname from pg_class c
+        where (c.oid = 'audit_events'::regclass
+            or c.oid in (select inhrelid from pg_inherits where inhparent = 'audit_events'::regclass))
+          and not exists (select from pg_trigger t
+            where t.tgrelid = c.oid and t.tgname = 'append_only' and t.tgenabled = 'A')
+    loop
+        execute format('create or replace trigger append_only before update or delete or truncate on %I
+            for each statement execute function audit_events_refuse()', part);
+        -- "always": session_replication_role does not switch it off.
+        execute format('alter table %I enable always trigger append_only', part);
+    end loop;
+end $$;
