@@ -547,6 +547,23 @@ func TestFlushGivesNobodyAFreshQuota(t *testing.T) {
 	v.want(v.form(other, otherSecret, "", "grant_type=client_credentials"), 403, "unauthorized_client")
 }
 
+// 0.1.0 left counters below zero where it doubted them. They are counted anew.
+func TestDoubtedQuotaIsCountedAnew(t *testing.T) {
+	t.Parallel()
+	v := newService(t, "MONTHLY_TOKEN_LIMIT", "3", "RATE_LIMIT_PER_MINUTE", "100")
+	id, secret := v.newClient("resumes:read")
+	v.token(id, secret, "")
+	v.token(id, secret, "")
+	if err := v.rdb.Set(t.Context(), quotaKey(id), -1, time.Hour).Err(); err != nil {
+		t.Fatal(err)
+	}
+	a := v.want(v.form(id, secret, "", "grant_type=client_credentials"), 200, "")
+	if used, err := v.rdb.Get(t.Context(), quotaKey(id)).Int(); err != nil || used != 3 || a.header.Get("X-RateLimit-Limit") != "100" {
+		t.Errorf("then %d tokens are counted (%v), with the limit %q, want 3 and 100", used, err, a.header.Get("X-RateLimit-Limit"))
+	}
+	v.want(v.form(id, secret, "", "grant_type=client_credentials"), 403, "unauthorized_client")
+}
+
 func TestMonthsAreThoseOfUTC(t *testing.T) {
 	ahead, behind := time.FixedZone("ahead", 14*3600), time.FixedZone("behind", -12*3600)
 	for _, row := range []struct {

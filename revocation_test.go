@@ -136,13 +136,6 @@ func (p *proxy) before(n int, hook func()) {
 	p.hookIn, p.hook = n, hook
 }
 
-// waitingFor is how many messages it is until then.
-func (p *proxy) waitingFor() int {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.hookIn
-}
-
 func (p *proxy) message() {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -510,11 +510,11 @@ func (p *program) stands() (s stand) {
 	p.t.Helper()
 	for range 50 {
 		a := p.do("GET", "/readyz", "")
-		details, services := a.body, map[string]any{}
+		details := a.body
 		if a.status == 503 {
 			details, _ = a.body["details"].(map[string]any)
 		}
-		services, _ = details["services"].(map[string]any)
+		services, _ := details["services"].(map[string]any)
 		s = stand{a.status == 200, services["postgres"] == "up", services["redis"] == "up"}
 		all := p.scrape()
 		up := func(store string) bool {
