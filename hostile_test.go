@@ -1075,8 +1075,9 @@ func FuzzForwardedAddress(f *testing.F) {
 // A stranger gets an answer of ours for any method, path and header that
 // net/http lets through, and nothing but what is public.
 func FuzzFront(f *testing.F) {
-	s := &server{vault: newVault(), meter: newMeter(), cfg: config{issuer: testIssuer, corsOrigin: hostileOrigin}}
+	s := &server{vault: newVault(), redis: &cache{}, meter: newMeter(), cfg: config{issuer: testIssuer, corsOrigin: hostileOrigin}}
 	s.keys.Store(mustReadKeys(f, testKey(), ""))
+	s.clock.Store(&reading{time.Now(), time.Now()})
 	for _, rt := range s.routes() {
 		method, path, _ := strings.Cut(rt.pattern, " ")
 		f.Add(method, path, "x", "", "")

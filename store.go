@@ -76,19 +76,25 @@ func openPools(ctx context.Context, cfg *pgxpool.Config, m *meter) (db, inner *p
 var errPooled = errors.New("DATABASE_URL leads to a pooler that changes sessions between transactions, so that settings of others would reach in; let it have pool_mode = session")
 
 // checkSessions fails with errPooled where one of these connections doesn't find
-// what it has set, as behind a pooler whose unit is the transaction: one that
-// gives out what was left last, or all in turns.
+// the mark that it has left, as behind a pooler whose unit is the transaction.
+// Against the order in which they were left, so that neither one that gives out
+// what was used last, nor one that gives out all in turns, gets through.
 func checkSessions(ctx context.Context, one, two *pgxpool.Conn) error {
 	for range 3 {
-		var last string
-		mark := strconv.FormatInt(time.Now().UnixNano(), 10)
-		for i, sql := range []string{`set_config('agentidp.mark', $1, false)`, `set_config('agentidp.mark', $1 || '+', false)`,
-			`coalesce(current_setting('agentidp.mark', true), '') || left($1, 0)`, `coalesce(current_setting('agentidp.mark', true), '') || left($1, 0)`} {
-			conn := []*pgxpool.Conn{one, two, two, one}[i]
-			if err := conn.QueryRow(ctx, `select `+sql, pgx.QueryExecModeSimpleProtocol, mark).Scan(&last); err != nil {
+		now := time.Now().UnixNano()
+		marks := map[*pgxpool.Conn]string{one: fmt.Sprint("one ", now), two: fmt.Sprint("two ", now)}
+		for _, conn := range []*pgxpool.Conn{one, two} {
+			if _, err := conn.Exec(ctx, `select set_config('agentidp.mark', $1, false)`, pgx.QueryExecModeSimpleProtocol, marks[conn]); err != nil {
 				return err
 			}
-			if want := []string{mark, mark + "+", mark + "+", mark}[i]; last != want {
+		}
+		for _, conn := range []*pgxpool.Conn{two, one} {
+			var mark string
+			err := conn.QueryRow(ctx, `select coalesce(current_setting('agentidp.mark', true), '')`, pgx.QueryExecModeSimpleProtocol).Scan(&mark)
+			if err != nil {
+				return err
+			}
+			if mark != marks[conn] {
 				return errPooled
 			}
 		}
