@@ -500,9 +500,7 @@ func TestQuotaIsGivenBackWhenIssuingFails(t *testing.T) {
 	if n, err := v.rdb.Get(t.Context(), quotaKey(id)).Int(); err != nil || n != 1 {
 		t.Errorf("after one token and %d failures the quota counts %d (%v), want 1", 2*quota, n, err)
 	}
-	if _, err := v.db.Exec(t.Context(), `drop trigger refuse on audit_events`); err != nil {
-		t.Fatal(err)
-	}
+	v.exec(`drop trigger refuse on audit_events`)
 	for range quota - 1 {
 		v.token(id, secret, "")
 	}
