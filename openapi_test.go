@@ -37,7 +37,7 @@ var (
 )
 
 func (l *answerLog) record(q *http.Request, a answer) {
-	if l.name == "" {
+	if l.name == "" || strings.Contains(a.raw, `"userAgent":"of another service"`) { // an event as ours are not
 		return
 	}
 	request, query := "", "" // what was accepted

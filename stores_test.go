@@ -462,7 +462,7 @@ func TestBytesOfAnEventAreServedAsTheyAreStored(t *testing.T) {
 		`{"metadata":null,"x":[{"metadata":null , "timestamp":"now"}]}`, `{"n":123456789012345678901234567890.10,"html":"<&>"}`, `null`, `"text"`, ` [ ] `,
 	} {
 		e := forgeEvent(chain, time.Now(), agentUpdated)
-		e.Metadata = json.RawMessage(text)
+		e.Metadata, e.UserAgent = json.RawMessage(text), "of another service"
 		e.Hash = e.documentedHash()
 		chain = append(chain, e)
 	}
