@@ -320,7 +320,7 @@ func (s *server) authenticateClient(r *request) error {
 		return nil
 	}
 	address := addressKey(r.addr)
-	v := s.admit(r.Context(), address, "", "", 0)
+	v := s.admit(r.Context(), address, [2]string{}, "", 0)
 	if v.state == "limited" {
 		v.setHeaders(r.out)
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)

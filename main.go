@@ -515,6 +515,7 @@ type request struct {
 	body   []byte
 	form   url.Values // at the token endpoints
 	caller caller
+	about  inquiry // of an introspection
 }
 
 // A route is what can be called, by whom, and how. Who identifies the caller,
@@ -606,6 +607,9 @@ func (s *server) bearer(scope string, own ...string) func(*request) error {
 // proved itself can always revoke: no limit is in the way.
 func (s *server) bearerOrClient(scope string) func(*request) error {
 	return func(r *request) (err error) {
+		if r.route.records == tokenIntrospected {
+			s.inquire(r)
+		}
 		switch {
 		case !r.presents("Bearer"):
 			if err = s.authenticateClient(r); err == nil && r.route.records != tokenRevoked {

@@ -28,10 +28,11 @@ const (
 )
 
 // admitScript answers in one round trip whether a request is one too many for
-// its window and its client's quota, and counts it if it isn't; and whether its
-// token is known as revoked, which refuses it.
+// its window and its client's quota, and counts it if it isn't; whether its token
+// is known as revoked, which refuses it; and whether the token is that it asks
+// about.
 //
-// KEYS are the monthly counter and the revocation of the token, each of which
+// KEYS are the monthly counter and the revocations of these two, each of which
 // may be empty. ARGV are the owner of the window, its limit, the monthly quota,
 // what PostgreSQL counted of it so far (-1: not asked), and when the month ends.
 // A limit of 0 is none.
@@ -42,6 +43,7 @@ const (
 var admitScript = redis.NewScript(`
 local limit, quota, seed = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 if KEYS[2] ~= '' and redis.call('EXISTS', KEYS[2]) == 1 then return {'revoked'} end
+local known = KEYS[3] ~= '' and redis.call('EXISTS', KEYS[3]) or 0
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local window, elapsed = math.floor(now / 60000), now % 60000
@@ -65,7 +67,7 @@ if quota > 0 then
 	if used >= quota then return {'spent', previous, current, now} end
 	redis.call('SET', KEYS[1], used + 1, 'PXAT', ARGV[5])
 end
-return {'admitted', previous, current, now}`)
+return {'admitted', previous, current, now, known}`)
 
 // giveBackScript takes back one count, unless its window is over.
 var giveBackScript = redis.NewScript(`
@@ -179,38 +181,40 @@ type verdict struct {
 	limit             int64  // requests a minute; 0 is none
 	previous, current int64  // requests of the last minute and of this one
 	now               int64  // Redis's clock, in milliseconds since 1970
+	known             bool   // the token that is asked about, as revoked
 }
 
 // admit asks admitScript. Owner is a window of a client, or "ip:" and an
-// address, or "" where no request is to be counted; tokenID is the jti of the
-// token, "" for none; month is the quota's counter, "" for none; counted is what
+// address; tokens are the jti of the token and of that which it asks about, "" for
+// none; month is the quota's counter, "" for none; counted is what
 // PostgreSQL knows of it.
-func (s *server) admit(ctx context.Context, owner, tokenID, month string, counted int64) verdict {
-	limit, quota, revoked := s.cfg.rateLimit, s.cfg.monthlyTokenLimit, ""
-	if owner == "" {
-		limit = 0
-	}
+func (s *server) admit(ctx context.Context, owner string, tokens [2]string, month string, counted int64) verdict {
+	limit, quota, keys := s.cfg.rateLimit, s.cfg.monthlyTokenLimit, []string{month, "", ""}
 	if month == "" {
 		quota = 0
 	}
-	if tokenID != "" {
-		revoked = revokedKey(tokenID)
+	for i, id := range tokens {
+		if id != "" {
+			keys[1+i] = revokedKey(id)
+		}
 	}
 	v := verdict{state: "unlimited"}
-	if limit == 0 && quota == 0 && revoked == "" {
+	if limit == 0 && quota == 0 && tokens == [2]string{} {
 		return v
 	}
-	reply, err := s.redis.ask(ctx, admitScript, []string{month, revoked},
+	reply, err := s.redis.ask(ctx, admitScript, keys,
 		owner, limit, quota, counted, nextMonth(s.now()).Add(24*time.Hour).UnixMilli())
 	if err == nil {
 		v.limit = int64(limit)
 		v.state, _ = reply[0].(string)
 	}
-	if len(reply) == 4 {
-		v.previous, _ = reply[1].(int64)
-		v.current, _ = reply[2].(int64)
-		v.now, _ = reply[3].(int64)
+	number := func(i int) (n int64) {
+		if i < len(reply) {
+			n, _ = reply[i].(int64)
+		}
+		return n
 	}
+	v.previous, v.current, v.now, v.known = number(1), number(2), number(3), number(4) == 1
 	return v
 }
 

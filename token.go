@@ -189,8 +189,8 @@ func grantAudience(resources []string, issuer string) (audience, error) {
 // whether the latter has to be given back if nothing comes of it. A quota that
 // Redis doesn't know is counted from the audit log.
 func (s *server) spend(r *request, window, month string) (counted bool, err error) {
-	owner := window + r.caller.AgentID
-	v := s.admit(r.Context(), owner, r.caller.TokenID, month, -1)
+	owner, tokens := window+r.caller.AgentID, [2]string{r.caller.TokenID, r.about.ID}
+	v := s.admit(r.Context(), owner, tokens, month, -1)
 	if v.state == "uncounted" {
 		var n int64
 		err = s.db.QueryRow(r.Context(), `
@@ -201,8 +201,9 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 		if err != nil {
 			return false, fmt.Errorf("counting this month's tokens: %w", err)
 		}
-		v = s.admit(r.Context(), owner, r.caller.TokenID, month, n)
+		v = s.admit(r.Context(), owner, tokens, month, n)
 	}
+	r.about.known = v.known
 	v.setHeaders(r.out)
 	switch v.state {
 	case "revoked":
@@ -218,25 +219,36 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 	return v.state == "admitted" && month != "", nil
 }
 
+// An inquiry is what is found out about a token that a client asks about.
+type inquiry struct {
+	claims
+	life  *question[origin, bool] // nil where the token isn't valid now
+	known bool                    // to Redis, as revoked
+}
+
+// inquire begins an inquiry before it is known who asks, so that both tokens are
+// in one question.
+func (s *server) inquire(r *request) {
+	c, err := s.keys.Load().verify(r.form.Get("token"), s.cfg.issuer)
+	if r.about.claims = c; err == nil && c.validAt(s.now()) == nil {
+		r.about.life = s.lives.put(r.Context(), c.origin())
+	}
+}
+
 // introspectToken is RFC 7662. Whatever is wrong with a token, the answer is
 // the same.
 func (s *server) introspectToken(r *request) (any, error) {
-	token := r.form.Get("token")
-	if token == "" {
+	if r.form.Get("token") == "" {
 		return nil, errForm.because("The body lacks token=TOKEN, the one that this is about.")
 	}
-	c, err := s.keys.Load().verify(token, s.cfg.issuer)
-	active := err == nil && c.validAt(s.now()) == nil
-	f := facts{}
-	if active {
+	c, active, f := r.about.claims, false, facts{}
+	if r.about.life != nil {
 		f["jti"] = c.ID
-		life := s.lives.put(r.Context(), c.origin()) // is looked for while Redis is asked
-		known := s.admit(r.Context(), "", c.ID, "", 0)
-		alive, err := life.wait()
+		alive, err := r.about.life.wait()
 		if err != nil {
 			return nil, err
 		}
-		active = alive && known.state != "revoked"
+		active = alive && !r.about.known
 	}
 	f["active"] = active
 	if err := s.record(r, newEvent(tokenIntrospected, c.Subject, f))(); err != nil {
