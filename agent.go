@@ -13,7 +13,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // The scopes that mean something to this service itself. All others are the
@@ -26,8 +25,9 @@ const (
 	credentialsWrite = "credentials:write"
 )
 
+var ourScopes = []string{agentsRead, agentsWrite, tokensRead, auditRead, credentialsWrite}
+
 var (
-	ourScopes    = []string{agentsRead, agentsWrite, tokensRead, auditRead, credentialsWrite}
 	agentTypes   = []string{"screener", "classifier", "orchestrator", "extractor", "summarizer", "router", "monitor", "custom"}
 	environments = []string{"development", "staging", "production"}
 	statuses     = []string{"active", "suspended", "decommissioned"}
@@ -68,7 +68,7 @@ type agentChange struct {
 	Status        *string   `json:"status,omitempty"`
 }
 
-func (in *inputs) agentChange() agentChange {
+func readAgentChange(in *inputs) agentChange {
 	return agentChange{
 		AgentType:     take(in, "agentType", oneOf(agentTypes)),
 		Version:       take(in, "version", matching("must be a semantic version like 1.2.3 of at most 64 characters", validVersion)),
@@ -118,13 +118,13 @@ type registration struct {
 	agentChange
 }
 
-func (in *inputs) registration() registration {
+func readRegistration(in *inputs) registration {
 	for _, name := range []string{"email", "agentType", "version", "capabilities", "owner", "deploymentEnv"} {
 		if _, given := in.values[name]; !given {
 			in.faults[name] = "is missing"
 		}
 	}
-	return registration{take(in, "email", email), in.agentChange()}
+	return registration{take(in, "email", email), readAgentChange(in)}
 }
 
 // A caller is who sent a request, as it has proved.
@@ -150,7 +150,7 @@ func (c caller) mayGrant(capabilities []string) error {
 }
 
 func (s *server) createAgent(r *request) (any, error) {
-	q, err := decode(r, (*inputs).registration)
+	q, err := decode(r, readRegistration)
 	if err != nil {
 		return nil, err
 	}
@@ -158,7 +158,7 @@ func (s *server) createAgent(r *request) (any, error) {
 		return nil, err
 	}
 	var a agent
-	err = s.change(r, "", func(ctx context.Context, tx *change) (event, error) {
+	err = s.change(r, "", func(ctx context.Context, tx pgx.Tx) (event, error) {
 		if err := s.checkAgentLimit(ctx, tx); err != nil {
 			return event{}, err
 		}
@@ -172,7 +172,7 @@ func (s *server) createAgent(r *request) (any, error) {
 }
 
 func (s *server) listAgents(r *request) (any, error) {
-	in := r.query()
+	in := readQuery(r)
 	part, args := in.span(), pgx.NamedArgs{
 		"owner": take(in, "owner", owner), "type": take(in, "agentType", oneOf(agentTypes)), "status": take(in, "status", oneOf(statuses)),
 	}
@@ -197,7 +197,7 @@ func (s *server) updateAgent(r *request) (any, error) {
 		if len(in.values) == 0 {
 			in.faults["body"] = "must have at least one field that is to change"
 		}
-		q := in.agentChange()
+		q := readAgentChange(in)
 		q.Status = take(in, "status", oneOf(statuses))
 		return q
 	})
@@ -215,14 +215,13 @@ func (s *server) decommissionAgent(r *request) (any, error) {
 // changeAgent is every change of an agent, its end too.
 func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 	id := r.PathValue("agentId")
-	err = s.change(r, id, func(ctx context.Context, tx *change) (event, error) {
-		old, ok := tx.agents[id]
-		if !ok {
-			return event{}, errNoAgent
+	err = s.change(r, id, func(ctx context.Context, tx pgx.Tx) (event, error) {
+		old, err := loadAgent(ctx, tx, id)
+		if err == nil {
+			err = r.caller.mayGrant(old.Capabilities)
 		}
-		err := tx.caller.mayGrant(old.Capabilities)
 		if err == nil && q.Capabilities != nil {
-			err = tx.caller.mayGrant(*q.Capabilities)
+			err = r.caller.mayGrant(*q.Capabilities)
 		}
 		if err == nil && old.Status == "decommissioned" {
 			err = errDecommissioned
@@ -243,14 +242,10 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 			return event{}, err
 		}
 		did := agentUpdated
-		switch {
-		case a.Status == old.Status:
-		case a.Status == "active":
-			did = agentReactivated
-		case a.Status == "suspended":
-			did = agentSuspended
-		default:
-			did = agentDecommissioned
+		if a.Status != old.Status {
+			did = map[string]string{"active": agentReactivated, "suspended": agentSuspended, "decommissioned": agentDecommissioned}[a.Status]
+		}
+		if did == agentDecommissioned {
 			err = execSQL(ctx, tx, "revoking an agent's credentials", revokeCredentials+`client_id = $1 and status = 'active'`, id)
 		}
 		return newEvent(did, id, facts{"changes": q}), err
@@ -281,20 +276,12 @@ func (s *server) checkAgentLimit(ctx context.Context, tx pgx.Tx) error {
 }
 
 func insertAgent(ctx context.Context, db querier, id string, q registration) (agent, error) {
-	a, err := one[agent](ctx, db, nil, "registering agent", `
+	return one[agent](ctx, db, errAgentExists, "registering agent", `
 		insert into agents (agent_id, email, agent_type, version, capabilities, owner, deployment_env)
 		values ($1, $2, $3, $4, $5, $6, $7)
+		on conflict (lower(email)) do nothing
 		returning `+agentColumns,
 		id, q.Email, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv)
-	if isEmailTaken(err) {
-		return a, errAgentExists
-	}
-	return a, err
-}
-
-func isEmailTaken(err error) bool {
-	refusal, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && refusal.ConstraintName == "agents_email"
 }
 
 // loadAgent fails with errNoAgent for what is no id at all, too.
@@ -325,7 +312,7 @@ func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer
 	}
 	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: s.newID()}
 	var a agent
-	err = s.change(operator, "", func(ctx context.Context, tx *change) (event, error) {
+	err = s.change(operator, "", func(ctx context.Context, tx pgx.Tx) (event, error) {
 		if err := execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
 			return event{}, err
 		}
@@ -338,7 +325,7 @@ func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer
 		if a, err = insertAgent(ctx, tx, s.newID(), q); err != nil {
 			return event{}, err
 		}
-		c, err := insertCredential(ctx, tx, secretRow{s.newID(), a.AgentID, plain.prefix(), hash, s.newID(), nil})
+		c, err := storeSecret(ctx, tx, secretRow{s.newID(), a.AgentID, plain.prefix(), hash, s.newID(), nil})
 		return newEvent(agentCreated, a.AgentID, facts{"agent": q, "credentialId": c.CredentialID}), err
 	})
 	if err == nil {

@@ -784,7 +784,7 @@ func FuzzDecode(f *testing.F) {
 		in := httptest.NewRequest("PATCH", "/", bytes.NewReader(body))
 		in.Header.Set("Content-Type", "application/json")
 		q, err := decode(&request{Request: in}, func(in *inputs) agentChange {
-			q := in.agentChange()
+			q := readAgentChange(in)
 			q.Status = take(in, "status", oneOf(statuses))
 			return q
 		})

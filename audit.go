@@ -92,17 +92,18 @@ const eventColumns = `event_id, seq, agent_id, actor_id, action, outcome, ip_add
 // facts are what an event says beside its fixed fields. None may be a secret.
 type facts map[string]any
 
-// newEvent is a success until refused says otherwise. AgentID may be empty.
-func newEvent(did string, agentID string, f facts) event {
+// newEvent is a success until refused says otherwise. It concerns nobody where
+// agentID is none.
+func newEvent(did, agentID string, f facts) event {
 	e := event{Action: did, Outcome: "success", facts: f}
-	if agentID != "" {
+	if isID(agentID) {
 		e.AgentID = &agentID
 	}
 	return e
 }
 
 // by fills in who did it, from where.
-func (e event) by(r *request) (event, error) {
+func (e event) by(r *request) event {
 	if r.caller.AgentID != "" {
 		e.ActorID = &r.caller.AgentID
 	}
@@ -113,8 +114,10 @@ func (e event) by(r *request) (event, error) {
 	e.UserAgent = strings.ToValidUTF8(userAgent[:min(len(userAgent), 256)], "?")
 	e.facts["requestId"] = r.id
 	var err error
-	e.Metadata, err = json.Marshal(e.facts)
-	return e, err
+	if e.Metadata, err = json.Marshal(e.facts); err != nil {
+		panic(err) // facts of ours that have no JSON
+	}
+	return e
 }
 
 // sum is the hash of an event: SHA-256 over these fields in this order, each
@@ -145,13 +148,11 @@ func (e *event) sum() digest {
 // last that a transaction does: whoever holds the lock waits for nothing.
 // Whole is for a connection without a transaction: it is one by itself. It
 // returns the last seq.
-func appendEvents(ctx context.Context, tx interface {
-	SendBatch(context.Context, *pgx.Batch) pgx.BatchResults
-}, events []event, whole bool) (int64, error) {
+func appendEvents(ctx context.Context, tx querier, events []event, whole bool) (int64, error) {
 	last, now := event{PrevHash: make(digest, sha256.Size)}, moment{}
 	head, tail := &pgx.Batch{}, &pgx.Batch{}
 	if whole {
-		head.Queue(`begin isolation level read committed`)
+		head.Queue(`begin`)
 	}
 	head.Queue(`select pg_advisory_xact_lock($1), set_config('plan_cache_mode', 'force_generic_plan', true)`, chainLock) // planning costs more than it gains
 	head.Queue(`
@@ -206,13 +207,7 @@ func appendEvents(ctx context.Context, tx interface {
 }
 
 // storeEvents stores the events of concurrent requests in one transaction.
-func (s *server) storeEvents(batch []*question[event, bool]) {
-	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
-	defer cancel()
-	events := make([]event, len(batch))
-	for i, q := range batch {
-		events[i] = q.asked
-	}
+func (s *server) storeEvents(ctx context.Context, events []event) ([]struct{}, error) {
 	begun, head := time.Now(), int64(0)
 	conn, err := s.inner.Acquire(ctx)
 	if err == nil {
@@ -221,22 +216,16 @@ func (s *server) storeEvents(batch []*question[event, bool]) {
 	}
 	s.postgres.beat(err)
 	s.meter.head.Store(max(head, s.meter.head.Load()))
-	s.meter.add(float64(len(batch)), "agentidp_audit_batch_events", "")
+	s.meter.add(float64(len(events)), "agentidp_audit_batch_events", "")
 	s.meter.add(time.Since(begun).Seconds(), "agentidp_audit_commit_duration_seconds", "")
-	for _, q := range batch {
-		q.answer, q.err = err == nil, err
-	}
+	return make([]struct{}, len(events)), err
 }
 
 // record hands an event over and returns the function that waits until it is
 // stored. What it is about must not be done before that, or be undone where
 // that fails.
 func (s *server) record(r *request, e event) func() error {
-	e, err := e.by(r)
-	if err != nil {
-		return func() error { return fmt.Errorf("encoding an event: %w", err) }
-	}
-	stored := s.recorder.put(r.Context(), e)
+	stored := s.recorder.put(r.Context(), e.by(r))
 	return func() error {
 		_, err := stored.wait()
 		return err
@@ -271,7 +260,7 @@ func date(rest time.Duration) func(any) (time.Time, error) {
 }
 
 func (s *server) listEvents(r *request) (any, error) {
-	in := r.query()
+	in := readQuery(r)
 	part, args := in.span(), pgx.NamedArgs{
 		"agent":   take(in, "agentId", matching("must be a UUID in lower case", isID)),
 		"action":  take(in, "action", oneOf(actions)),
@@ -325,19 +314,24 @@ func (s *server) listEvents(r *request) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	var next *string
+	return s.encodePage(p, more)
+}
+
+// encodePage adds to a page the cursor from which to read on, if there is more.
+func (s *server) encodePage(p page[event], more bool) ([]byte, error) {
+	out := struct {
+		page[event]
+		NextCursor *string `json:"nextCursor"`
+	}{page: p}
 	if more {
 		last := p.Data[len(p.Data)-1]
 		signed, err := s.keys.Load().sign(auditCursor, cursor{last.Seq, last.Timestamp.UnixMilli()})
 		if err != nil {
 			return nil, err
 		}
-		next = &signed
+		out.NextCursor = &signed
 	}
-	return encodeEvents(struct {
-		page[event]
-		NextCursor *string `json:"nextCursor"`
-	}{p, next}, p.Data...)
+	return encodeEvents(out, p.Data...)
 }
 
 // A cursor names the last event of a page. It is signed, so that nothing but
@@ -400,13 +394,13 @@ type chainReport struct {
 // verifyChain reads the chain from a seq on (0: its last limit events), up to
 // limit events, and stops at the first that isn't what its predecessor, its
 // content or cp (nil: none) demand. Events may be missing at the beginning,
-// where partitions were dropped, but none after served. Each event that is as it
-// should be is given to emit (nil: none). An error is that of emit, or says that
-// the chain can't be read.
-func verifyChain(ctx context.Context, db querier, from, limit int64, served time.Time, cp *checkpoint, emit func(*event) error) (chainReport, error) {
+// where partitions were dropped, but none of those that are served. Each event
+// that is as it should be is given to emit (nil: none), and a checkpoint is made
+// of the last. An error is that of emit, or says that the chain can't be read.
+func (s *server) verifyChain(ctx context.Context, from, limit int64, cp *checkpoint, emit func(*event) error) (chainReport, error) {
 	report := chainReport{HeadHash: make(digest, sha256.Size)}
 	var oldest, newest int64
-	err := db.QueryRow(ctx, `select coalesce(min(seq), 1), coalesce(max(seq), 0) from audit_events`).Scan(&oldest, &newest)
+	err := s.db.QueryRow(ctx, `select coalesce(min(seq), 1), coalesce(max(seq), 0) from audit_events`).Scan(&oldest, &newest)
 	if err != nil {
 		return report, fmt.Errorf("loading the ends of the chain: %w", err)
 	}
@@ -415,7 +409,8 @@ func verifyChain(ctx context.Context, db querier, from, limit int64, served time
 	}
 	report.FromSeq = max(from, oldest)
 	report.HeadSeq = report.FromSeq - 1
-	rows, _ := db.Query(ctx, `
+	served := s.oldestServed()
+	rows, _ := s.db.Query(ctx, `
 		select `+eventColumns+`
 		from audit_events
 		where seq >= $1::bigint - 1
@@ -447,7 +442,14 @@ func verifyChain(ctx context.Context, db querier, from, limit int64, served time
 		}
 	}
 	report.Verified = report.FirstBadSeq == 0
-	return report, nil
+	if !report.Verified || report.Events == 0 {
+		return report, nil
+	}
+	signed, err := s.keys.Load().sign(auditCheckpoint, checkpoint{
+		Issuer: s.cfg.issuer, Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash), Time: s.now().Unix(),
+	})
+	report.Checkpoint = &signed
+	return report, err
 }
 
 // extend checks one more event.
@@ -477,22 +479,10 @@ func (report *chainReport) extend(e *event, oldest int64, served time.Time, cp *
 	report.Events++
 }
 
-// seal adds a signed checkpoint to a report that is good up to the head.
-func (s *server) seal(report *chainReport) error {
-	if !report.Verified || report.Events == 0 {
-		return nil
-	}
-	signed, err := s.keys.Load().sign(auditCheckpoint, checkpoint{
-		Issuer: s.cfg.issuer, Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash), Time: s.now().Unix(),
-	})
-	report.Checkpoint = &signed
-	return err
-}
-
 const verifiedAtOnce = 100_000 // events that one request checks
 
 func (s *server) verifyEvents(r *request) (any, error) {
-	in, from := r.query(), int64(0)
+	in, from := readQuery(r), int64(0)
 	if seq := take(in, "fromSeq", whole(1, 1<<53)); seq != nil {
 		from = int64(*seq)
 	}
@@ -503,17 +493,11 @@ func (s *server) verifyEvents(r *request) (any, error) {
 		return nil, errBusy.because("Another report is being made by this copy; one at a time. Try again.")
 	}
 	defer s.verifying.Store(false)
-	report, err := verifyChain(r.Context(), s.db, from, verifiedAtOnce, s.oldestServed(), nil, nil)
-	if err == nil {
-		err = s.seal(&report)
+	report, err := s.verifyChain(r.Context(), from, verifiedAtOnce, nil, nil)
+	if err == nil && report.Verified && report.Events == 0 && from > 1 {
+		err = errValidation.with(map[string]any{"fromSeq": "is beyond the head of the chain"})
 	}
-	if err != nil {
-		return nil, err
-	}
-	if report.Verified && report.Events == 0 && from > 1 {
-		return nil, errValidation.with(map[string]any{"fromSeq": "is beyond the head of the chain"})
-	}
-	return report, nil
+	return report, err
 }
 
 const altered = "the audit log was altered: the first bad seq is %d"
@@ -531,7 +515,7 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 			return fmt.Errorf("this is no checkpoint of this issuer: it is of %q, and ISSUER is %q", cp.Issuer, s.cfg.issuer)
 		}
 	}
-	report, err := verifyChain(ctx, s.db, 1, 1<<60, s.oldestServed(), cp, progress)
+	report, err := s.verifyChain(ctx, 1, 1<<60, cp, progress)
 	if err != nil {
 		return err
 	}
@@ -540,9 +524,6 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 	}
 	if !report.Verified {
 		return fmt.Errorf(altered, report.FirstBadSeq)
-	}
-	if err := s.seal(&report); err != nil {
-		return err
 	}
 	fmt.Fprintf(stdout, "verified: %d events, from seq %d to %d\n", report.Events, report.FromSeq, report.HeadSeq)
 	if cp != nil {
@@ -559,7 +540,7 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 // bad, and what follows it, is not printed.
 func (s *server) exportAudit(ctx context.Context, from int64, stdout io.Writer) error {
 	out := bufio.NewWriter(stdout)
-	report, err := verifyChain(ctx, s.db, from, 1<<60, s.oldestServed(), nil, func(e *event) error {
+	report, err := s.verifyChain(ctx, from, 1<<60, nil, func(e *event) error {
 		line, err := encodeEvents(e, *e)
 		if bytes.IndexByte(line, '\n') < len(line)-1 { // which could pass for several events
 			err = fmt.Errorf("the metadata of seq %d has a line break, which this service doesn't write", e.Seq)
@@ -573,9 +554,6 @@ func (s *server) exportAudit(ctx context.Context, from int64, stdout io.Writer) 
 		err = fmt.Errorf(altered, report.FirstBadSeq)
 	} else if err == nil && report.Events == 0 && from > 1 {
 		err = fmt.Errorf("seq %d is beyond the end of the log", from)
-	}
-	if err == nil {
-		err = s.seal(&report)
 	}
 	if err == nil {
 		err = json.NewEncoder(out).Encode(map[string]*string{"checkpoint": report.Checkpoint})

@@ -635,7 +635,7 @@ func TestCursorReadsEveryEventOnceAndTotalsStopAt10000(t *testing.T) {
 	v.want(v.api(v.bearer, "GET", "/audit/verify?toSeq=2", ""), 400, "VALIDATION_ERROR")
 	// One request reads only so much; the rest is another's.
 	for _, row := range []struct{ from, limit, events, headSeq int64 }{{1, 10, 10, 10}, {5000, 100, 100, 5099}, {head - 1, 2, 2, head}, {head, 2, 1, head}} {
-		report, err := verifyChain(t.Context(), v.db, row.from, row.limit, time.Now(), nil, nil)
+		report, err := v.s.verifyChain(t.Context(), row.from, row.limit, nil, nil)
 		if err != nil || !report.Verified || report.Events != row.events || report.HeadSeq != row.headSeq {
 			t.Errorf("verifyChain(%d, %d) = %+v, %v, want %d events to %d", row.from, row.limit, report, err, row.events, row.headSeq)
 		}
@@ -1279,15 +1279,15 @@ func TestQueueServesTogether(t *testing.T) {
 	t.Parallel()
 	var batches [][]int
 	begun, going := make(chan bool), make(chan bool)
-	q := newQueue(func(batch []*question[int, int]) {
-		var asked []int
-		for _, x := range batch {
-			asked = append(asked, x.asked)
-			x.answer = 2 * x.asked
-		}
+	q := newQueue(func(_ context.Context, asked []int) ([]int, error) {
 		batches = append(batches, asked)
 		begun <- true
 		<-going
+		answers := slices.Clone(asked)
+		for i := range answers {
+			answers[i] *= 2
+		}
+		return answers, nil
 	})
 	first := q.put(t.Context(), 1)
 	<-begun // and is under way

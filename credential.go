@@ -161,16 +161,16 @@ func (s *server) expiry(in *inputs) *time.Time {
 }
 
 func (s *server) createCredential(r *request) (any, error) {
-	return s.giveSecret(r, s.newID(), credentialGenerated, insertCredential)
+	return s.giveSecret(r, s.newID(), credentialGenerated)
 }
 
 func (s *server) rotateCredential(r *request) (any, error) {
-	return s.giveSecret(r, r.PathValue("credentialId"), credentialRotated, replaceSecret)
+	return s.giveSecret(r, r.PathValue("credentialId"), credentialRotated)
 }
 
-// giveSecret stores a new secret with store and answers with it.
-func (s *server) giveSecret(r *request, credentialID, did string,
-	store func(context.Context, *change, secretRow) (credential, error)) (any, error) {
+// giveSecret gives a new secret, to a new credential or one that is there, and
+// answers with it.
+func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
 	expires, err := decode(r, s.expiry)
 	if err != nil {
 		return nil, err
@@ -181,11 +181,15 @@ func (s *server) giveSecret(r *request, credentialID, did string,
 		return nil, err
 	}
 	var c credential
-	err = s.change(r, agentID, func(ctx context.Context, tx *change) (event, error) {
-		if err := tx.mayManage(agentID, "active"); err != nil {
+	err = s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
+		err := mayManage(ctx, tx, r.caller, agentID, "active")
+		if err == nil && did == credentialRotated {
+			err = checkCredential(ctx, tx, agentID, credentialID)
+		}
+		if err != nil {
 			return event{}, err
 		}
-		c, err = store(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, s.newID(), expires})
+		c, err = storeSecret(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, s.newID(), expires})
 		return newEvent(did, agentID, facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}), err
 	})
 	return newCredential{c, plain.reveal()}, err
@@ -195,13 +199,10 @@ func (s *server) giveSecret(r *request, credentialID, did string,
 // not, or the agent is in none of these states. An agent may change its own by
 // credentials:write. Else it is as for any change of the agent, since a
 // credential is all that the agent may do.
-func (tx *change) mayManage(agentID string, states ...string) (err error) {
-	a, ok := tx.agents[agentID]
-	if !ok {
-		return errNoAgent
-	}
-	if a.AgentID != tx.caller.AgentID || !tx.caller.has(credentialsWrite) {
-		err = tx.caller.mayGrant(a.Capabilities)
+func mayManage(ctx context.Context, tx pgx.Tx, c caller, agentID string, states ...string) error {
+	a, err := loadAgent(ctx, tx, agentID)
+	if err == nil && (a.AgentID != c.AgentID || !c.has(credentialsWrite)) {
+		err = c.mayGrant(a.Capabilities)
 	}
 	if err == nil && !slices.Contains(states, a.Status) {
 		err = errNotActive.because("The agent is " + a.Status + ", and only an active one is given a secret.")
@@ -210,7 +211,7 @@ func (tx *change) mayManage(agentID string, states ...string) (err error) {
 }
 
 func (s *server) listCredentials(r *request) (any, error) {
-	in := r.query()
+	in := readQuery(r)
 	part := in.span()
 	if err := in.problem(); err != nil {
 		return nil, err
@@ -233,8 +234,8 @@ const revokeCredentials = `
 
 func (s *server) revokeCredential(r *request) (any, error) {
 	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
-	return nil, s.change(r, agentID, func(ctx context.Context, tx *change) (event, error) {
-		err := tx.mayManage(agentID, statuses...)
+	return nil, s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
+		err := mayManage(ctx, tx, r.caller, agentID, statuses...)
 		if err == nil {
 			err = checkCredential(ctx, tx, agentID, credentialID)
 		}
@@ -253,31 +254,22 @@ type secretRow struct {
 	expiresAt                      *time.Time
 }
 
-func insertCredential(ctx context.Context, tx *change, row secretRow) (credential, error) {
+// storeSecret gives a credential its secret and expiry. The tokens that an old
+// secret was traded for have another secret_id, and so are dead.
+func storeSecret(ctx context.Context, tx pgx.Tx, row secretRow) (credential, error) {
 	return one[credential](ctx, tx, nil, "storing credential", `
 		insert into credentials (credential_id, client_id, secret_prefix, secret_hash, secret_id, expires_at)
 		values ($1, $2, $3, $4, $5, date_trunc('milliseconds', $6::timestamptz))
+		on conflict (credential_id) do update
+		set secret_prefix = excluded.secret_prefix, secret_hash = excluded.secret_hash,
+			secret_id = excluded.secret_id, expires_at = excluded.expires_at
 		returning `+credentialColumns,
 		row.credentialID, row.clientID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
 }
 
-// replaceSecret gives a credential a new secret and expiry. The tokens that the
-// old secret was traded for have another secret_id, and so are dead.
-func replaceSecret(ctx context.Context, tx *change, row secretRow) (credential, error) {
-	if err := checkCredential(ctx, tx, row.clientID, row.credentialID); err != nil {
-		return credential{}, err
-	}
-	return one[credential](ctx, tx, errNoCredential, "replacing a secret", `
-		update credentials
-		set secret_prefix = $2, secret_hash = $3, secret_id = $4, expires_at = date_trunc('milliseconds', $5::timestamptz)
-		where credential_id = $1
-		returning `+credentialColumns,
-		row.credentialID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
-}
-
 // checkCredential refuses to change what is no active credential of the agent,
 // which must be locked. Another agent's is as unknown as one that never was.
-func checkCredential(ctx context.Context, tx *change, agentID, credentialID string) error {
+func checkCredential(ctx context.Context, tx pgx.Tx, agentID, credentialID string) error {
 	if !isID(credentialID) {
 		return errNoCredential
 	}
@@ -301,7 +293,7 @@ func checkCredential(ctx context.Context, tx *change, agentID, credentialID stri
 // Bcrypt isn't run for what would be refused anyway: the prefix of a secret that
 // has ended is known to many.
 func (s *server) authenticateClient(r *request) error {
-	id, plain, err := r.clientSecret()
+	id, plain, err := clientSecret(r)
 	if err != nil {
 		return err
 	}
@@ -311,16 +303,14 @@ func (s *server) authenticateClient(r *request) error {
 			return err
 		}
 	}
-	right := o.hash != "" && s.vault.known(o.hash, plain)
-	if right {
-		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="warm"`)
-	}
+	right := s.vault.known(o.hash, plain)
 	if right && o.refusal() == nil {
+		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="warm"`)
 		r.caller = o.caller
 		return nil
 	}
 	address := addressKey(r.addr)
-	v := s.admit(r.Context(), address, [2]string{}, "", 0)
+	v := s.admit(r.Context(), address, "", 0)
 	if v.state == "limited" {
 		v.setHeaders(r.out)
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
@@ -342,9 +332,6 @@ func (s *server) authenticateClient(r *request) error {
 	why := errBadClient
 	if right {
 		why = o.refusal()
-	}
-	if !isID(id) {
-		id = ""
 	}
 	return s.refused(r, newEvent(authFailed, id, facts{"reason": why.oauth}), why)
 }
@@ -372,16 +359,14 @@ func (o secretOwner) refusal() *problem {
 	return nil
 }
 
-// loadSecretOwners looks up secrets that are shown at the same time. The answer
-// is a zero secretOwner where there is none.
-func (s *server) loadSecretOwners(batch []*question[secretKey, secretOwner]) {
-	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
-	defer cancel()
-	prefixes, owners := make([]string, len(batch)), map[secretKey]secretOwner{}
-	for i, q := range batch {
-		prefixes[i] = q.asked.prefix
+// loadSecretOwners looks up secrets that are shown at the same time. An owner is
+// zero where there is none.
+func loadSecretOwners(ctx context.Context, db querier, shown []secretKey) ([]secretOwner, error) {
+	prefixes, owners, found := make([]string, len(shown)), make([]secretOwner, len(shown)), map[secretKey]secretOwner{}
+	for i, key := range shown {
+		prefixes[i] = key.prefix
 	}
-	rows, _ := s.inner.Query(ctx, `
+	rows, _ := db.Query(ctx, `
 		select c.secret_prefix, c.client_id, c.credential_id, c.secret_id, c.secret_hash, c.expires_at, a.status, a.capabilities,
 			c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)
 		from credentials c
@@ -391,18 +376,20 @@ func (s *server) loadSecretOwners(batch []*question[secretKey, secretOwner]) {
 	var prefix string
 	_, err := pgx.ForEachRow(rows, []any{&prefix, &o.AgentID, &o.CredentialID, &o.SecretID, &o.hash, &o.expiresAt,
 		&o.agentStatus, &o.scopes, &o.ended}, func() error {
-		owners[secretKey{o.AgentID, prefix}] = o
+		found[secretKey{o.AgentID, prefix}] = o
 		return nil
 	})
-	for _, q := range batch {
-		if q.answer = owners[q.asked]; err != nil {
-			q.err = fmt.Errorf("loading credentials: %w", err)
-		}
+	if err != nil {
+		return nil, fmt.Errorf("loading credentials: %w", err)
 	}
+	for i, key := range shown {
+		owners[i] = found[key]
+	}
+	return owners, nil
 }
 
 // clientSecret finds the one client_id and secret in a request.
-func (r *request) clientSecret() (id string, plain secret, err error) {
+func clientSecret(r *request) (id string, plain secret, err error) {
 	id, plain = r.form.Get("client_id"), secret(r.form.Get("client_secret"))
 	header := r.Header.Get("Authorization")
 	if header == "" {

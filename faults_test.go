@@ -607,7 +607,7 @@ func TestHungRedisIsNotWaitedForAgainAndAgain(t *testing.T) {
 		}
 	}
 	text := o.log.String()
-	if lost, back := strings.Count(text, "redis lost"), strings.Count(text, "redis is back"); lost != rounds(2, 5) || back != lost {
+	if lost, back := strings.Count(text, redisLost), strings.Count(text, redisBack); lost != rounds(2, 5) || back != lost {
 		t.Errorf("%d outages are logged %d times, and their ends %d times, want once each", rounds(2, 5), lost, back)
 	}
 }

@@ -969,7 +969,7 @@ func FuzzQuery(f *testing.F) {
 	}
 	names := []string{"page", "limit", "owner", "fromDate", "toDate"}
 	f.Fuzz(func(t *testing.T, raw string) {
-		in := (&request{Request: &http.Request{URL: &url.URL{RawQuery: raw}}}).query()
+		in := readQuery(&request{Request: &http.Request{URL: &url.URL{RawQuery: raw}}})
 		part, owner := in.span(), take(in, "owner", owner)
 		from, to := take(in, "fromDate", date(0)), take(in, "toDate", date(24*time.Hour))
 		err := in.problem()
@@ -1089,7 +1089,7 @@ func FuzzFront(f *testing.F) {
 	}
 	f.Add("POST", "/api/v1/token", "Content-Type", formType, "client_id=x&client_secret=y")
 	f.Add("CONNECT", "x:1", "Expect", "100-continue", "")
-	front := s.front()
+	front := s.front(s.routes())
 	f.Fuzz(func(t *testing.T, method, path, name, value, body string) {
 		text := message{method: method, path: path, version: "HTTP/1.1", header: []string{"Host: x", name + ": " + value}, body: body, length: true}.String()
 		in, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
@@ -1128,7 +1128,7 @@ func FuzzBasic(f *testing.F) {
 	f.Fuzz(func(t *testing.T, header, id, plain, form string) {
 		ask := func(header string, form url.Values) (string, secret, error) {
 			r := &request{Request: &http.Request{Header: http.Header{"Authorization": {header}}}, form: form}
-			gotID, got, err := r.clientSecret()
+			gotID, got, err := clientSecret(r)
 			if p, ok := errors.AsType[*problem](err); err != nil && (!ok || p.status != 400 && p.status != 401 || p.oauth == "" || gotID+got.reveal() != "") {
 				t.Errorf("clientSecret of %q and %q = %v, want a problem of a token endpoint alone", header, form, err)
 			}

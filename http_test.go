@@ -659,7 +659,7 @@ func TestEveryFaultOfTheEnvironmentIsReportedAtOnce(t *testing.T) {
 		}
 	}
 	all := map[string]string{}
-	for _, v := range variables {
+	for _, v := range new(config).variables() {
 		all[v.name] = "\x01 canary"
 	}
 	delete(all, "HOST") // any name of a machine might do
@@ -804,7 +804,7 @@ func TestCommands(t *testing.T) {
 		if err != nil {
 			t.Errorf("run(%q) = %v, want nil", arg, err)
 		}
-		for _, v := range variables {
+		for _, v := range new(config).variables() {
 			if !strings.Contains(out, "  "+v.name+" ") {
 				t.Errorf("run(%q) doesn't list %s", arg, v.name)
 			}

@@ -142,7 +142,7 @@ func newKeyset(text string) (*keyset, error) {
 }
 
 // publish takes further keys that verify: PEM blocks, PKIX or PKCS#1.
-func (k *keyset) publish(text string) (any, error) {
+func (k *keyset) publish(text string) error {
 	if k == nil { // the key that signs is not right, and is complained of
 		k = &keyset{}
 	}
@@ -152,7 +152,7 @@ func (k *keyset) publish(text string) (any, error) {
 			err = k.add(key)
 		}
 	}
-	return nil, err
+	return err
 }
 
 // parsePEM fails where there is anything but keys. \n may stand for a new

@@ -80,7 +80,7 @@ func pkix(t testing.TB, key any) string {
 func readKeys(private, public string) (*keyset, error) {
 	k, err := newKeyset(private)
 	if err == nil && public != "" {
-		_, err = k.publish(public)
+		err = k.publish(public)
 	}
 	return k, err
 }

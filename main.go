@@ -53,17 +53,22 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
 	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
 const release = "0.2.0"
 
 const (
+	drainTime = time.Second // between "not ready" and closing the port
+	maxHeader = 12 << 10    // bytes, to which net/http adds 4096
+)
+
+const storeTimeout = 3 * time.Second // for one transaction beside requests
+
+const (
 	requestTimeout = 5 * time.Second // for all that a request does
-	storeTimeout   = 3 * time.Second // for one transaction beside requests
-	drainTime      = time.Second     // between "not ready" and closing the port
 	maxBody        = 16 << 10        // bytes
-	maxHeader      = 12 << 10        // bytes, to which net/http adds 4096
 	maxInFlight    = 1024            // requests that may wait for a store; more are refused at once
 )
 
@@ -109,7 +114,7 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	switch {
 	case command == "-h" || command == "-help" || command == "--help":
 		fmt.Fprint(stdout, usage)
-		for _, v := range variables {
+		for _, v := range new(config).variables() {
 			fmt.Fprintf(stdout, "  %-23s %-14s %s\n", v.name, v.preset, v.about)
 		}
 		return nil
@@ -218,108 +223,88 @@ type config struct {
 
 func (cfg config) listen() string { return net.JoinHostPort(cfg.host, strconv.Itoa(cfg.port)) }
 
-type variable struct{ name, preset, about string }
-
-// variables are all that the program reads from its environment. Where preset
-// is *, a value is required. The first four can also be given as NAME_FILE.
-var variables = []variable{
-	{"DATABASE_URL", "*", "a PostgreSQL database, 14 or later, as createdb makes one: postgres://user:password@host:5432/agentidp"},
-	{"REDIS_URL", "*", "a Redis database, 6.2 or later, for this service alone, as redis-server has 16: redis://default:password@host:6379/0"},
-	{"JWT_PRIVATE_KEY", "*", "the key that signs, as PEM: RSA of 2048 bits or more (RS256), or P-256 (ES256); make one with: go run . keygen"},
-	{"JWT_PUBLIC_KEY", "", "further keys that verify and are published, as PEM blocks one after another"},
-	{"PORT", "3000", "port to listen on, from 0 to 65535"},
-	{"HOST", "", "address to listen on; all of them if empty"},
-	{"ISSUER", "", "URL of the service as clients see it, without a slash at the end; http://localhost:PORT if empty"},
-	{"TOKEN_TTL", "1h", "lifetime of a token, like 90s, 15m or 1h, or in seconds; from 1s to 24h"},
-	{"RATE_LIMIT_PER_MINUTE", "100", "requests of a client, and failed authentications of an address; 0 is no limit"},
-	{"MONTHLY_TOKEN_LIMIT", "10000", "tokens issued to a client in a calendar month (UTC); 0 is no limit"},
-	{"MAX_AGENTS", "100", "agents that are not decommissioned; 0 is no limit"},
-	{"RETENTION_DAYS", "90", "how many days of the audit log are served, from 1"},
-	{"CORS_ORIGIN", "", "origin like https://console.example.com whose pages may call the API; none if empty"},
-	{"TRUSTED_PROXIES", "", "networks whose X-Forwarded-For counts, like 10.0.0.0/8,192.0.2.7/32,::1/128"},
-	{"METRICS_ADDR", "127.0.0.1:9090", "host:port to serve /metrics on, for Prometheus; nowhere if set to nothing"},
-	{"LOG_LEVEL", "info", "debug, info, warn or error"},
+// A variable of the environment. Where preset is *, a value is required.
+type variable struct {
+	name, preset, about string
+	set                 func(value string) error
 }
 
-// loadConfig reports every fault at once, of the variables that are needed, and
-// repeats no value.
-func loadConfig(getenv func(string) (string, bool), needed ...string) (config, error) {
-	env := readEnvironment(getenv)
-	cfg := config{
-		database:          setting(env, "DATABASE_URL", pgxpool.ParseConfig),
-		redis:             setting(env, "REDIS_URL", redis.ParseURL),
-		keys:              setting(env, "JWT_PRIVATE_KEY", newKeyset),
-		port:              setting(env, "PORT", parseWhole(0, 65535)),
-		host:              setting(env, "HOST", parseAny),
-		issuer:            setting(env, "ISSUER", parseIssuer),
-		tokenTTL:          setting(env, "TOKEN_TTL", parseTTL),
-		rateLimit:         setting(env, "RATE_LIMIT_PER_MINUTE", parseWhole(0, 1e6)),
-		monthlyTokenLimit: setting(env, "MONTHLY_TOKEN_LIMIT", parseWhole(0, 1e9)),
-		maxAgents:         setting(env, "MAX_AGENTS", parseWhole(0, 1e9)),
-		retentionDays:     setting(env, "RETENTION_DAYS", parseWhole(1, 36500)),
-		corsOrigin:        setting(env, "CORS_ORIGIN", parseOrigin),
-		trustedProxies:    setting(env, "TRUSTED_PROXIES", parseNetworks),
-		metrics:           setting(env, "METRICS_ADDR", func(v string) (*net.TCPAddr, error) { return net.ResolveTCPAddr("tcp", v) }),
+// variables are all that the program reads from its environment, into cfg. The
+// first four can also be given as NAME_FILE.
+func (cfg *config) variables() []variable {
+	return []variable{
+		{"DATABASE_URL", "*", "a PostgreSQL database, 14 or later, as createdb makes one: postgres://user:password@host:5432/agentidp", into(&cfg.database, pgxpool.ParseConfig)},
+		{"REDIS_URL", "*", "a Redis database, 6.2 or later, for this service alone, as redis-server has 16: redis://default:password@host:6379/0", into(&cfg.redis, redis.ParseURL)},
+		{"JWT_PRIVATE_KEY", "*", "the key that signs, as PEM: RSA of 2048 bits or more (RS256), or P-256 (ES256); make one with: go run . keygen", into(&cfg.keys, newKeyset)},
+		{"JWT_PUBLIC_KEY", "", "further keys that verify and are published, as PEM blocks one after another", func(v string) error { return cfg.keys.publish(v) }},
+		{"PORT", "3000", "port to listen on, from 0 to 65535", into(&cfg.port, parseWhole(0, 65535))},
+		{"HOST", "", "address to listen on; all of them if empty", func(v string) error { cfg.host = v; return nil }},
+		{"ISSUER", "", "URL of the service as clients see it, without a slash at the end; http://localhost:PORT if empty", into(&cfg.issuer, parseIssuer)},
+		{"TOKEN_TTL", "1h", "lifetime of a token, like 90s, 15m or 1h, or in seconds; from 1s to 24h", into(&cfg.tokenTTL, parseTTL)},
+		{"RATE_LIMIT_PER_MINUTE", "100", "requests of a client, and failed authentications of an address; 0 is no limit", into(&cfg.rateLimit, parseWhole(0, 1e6))},
+		{"MONTHLY_TOKEN_LIMIT", "10000", "tokens issued to a client in a calendar month (UTC); 0 is no limit", into(&cfg.monthlyTokenLimit, parseWhole(0, 1e9))},
+		{"MAX_AGENTS", "100", "agents that are not decommissioned; 0 is no limit", into(&cfg.maxAgents, parseWhole(0, 1e9))},
+		{"RETENTION_DAYS", "90", "how many days of the audit log are served, from 1", into(&cfg.retentionDays, parseWhole(1, 36500))},
+		{"CORS_ORIGIN", "", "origin like https://console.example.com whose pages may call the API; none if empty", into(&cfg.corsOrigin, parseOrigin)},
+		{"TRUSTED_PROXIES", "", "networks whose X-Forwarded-For counts, like 10.0.0.0/8,192.0.2.7/32,::1/128", into(&cfg.trustedProxies, parseNetworks)},
+		{"METRICS_ADDR", "127.0.0.1:9090", "host:port to serve /metrics on, for Prometheus; nowhere if set to nothing", into(&cfg.metrics, parseAddress)},
+		{"LOG_LEVEL", "info", "debug, info, warn or error", func(v string) error { return cfg.logLevel.UnmarshalText([]byte(v)) }},
 	}
-	setting(env, "JWT_PUBLIC_KEY", cfg.keys.publish)
-	setting(env, "LOG_LEVEL", func(v string) (any, error) { return nil, cfg.logLevel.UnmarshalText([]byte(v)) })
+}
+
+// into sets a field to what parse makes of a value, if it is right.
+func into[T any](field *T, parse func(string) (T, error)) func(string) error {
+	return func(value string) error {
+		v, err := parse(value)
+		if err == nil {
+			*field = v
+		}
+		return err
+	}
+}
+
+// loadConfig reports every fault at once, of the variables that are needed (none:
+// of all), and repeats no value.
+func loadConfig(getenv func(string) (string, bool), needed ...string) (config, error) {
+	var cfg config
+	var wrong []error
+	for i, v := range cfg.variables() {
+		value, fault := v.read(getenv, i < 4)
+		if fault == nil && value != "" && v.set(value) != nil {
+			fault = errors.New("is not right")
+		}
+		if fault != nil && (needed == nil || slices.Contains(needed, v.name)) {
+			wrong = append(wrong, fmt.Errorf("%s %w: %s", v.name, fault, v.about))
+		}
+	}
 	if cfg.issuer == "" {
 		cfg.issuer = fmt.Sprintf("http://localhost:%d", cfg.port)
-	}
-	var wrong []error
-	for _, v := range variables {
-		if fault := env.faults[v.name]; fault != nil && (needed == nil || slices.Contains(needed, v.name)) {
-			wrong = append(wrong, fmt.Errorf("%s %s: %s", v.name, fault, v.about))
-		}
 	}
 	return cfg, errors.Join(wrong...)
 }
 
-// readEnvironment takes the value of each variable, or of the file that
-// NAME_FILE names, or what is preset.
-func readEnvironment(getenv func(string) (string, bool)) *inputs {
-	env := newInputs()
-	for i, v := range variables {
-		file := ""
-		value, set := getenv(v.name)
-		if i < 4 {
-			file, _ = getenv(v.name + "_FILE")
-		}
-		if file != "" {
-			content, err := os.ReadFile(file)
-			if err != nil {
-				env.faults[v.name] = "has a file that can't be read" // its name may be the secret, by mistake
-			}
-			if value != "" {
-				env.faults[v.name] = "and " + v.name + "_FILE are both set"
-			}
-			value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
-		}
-		if value == "" && v.preset != "*" && !(set && v.name == "METRICS_ADDR") {
-			value = v.preset
-		}
+// read takes the value, or that of the file which NAME_FILE names, or what is
+// preset.
+func (v variable) read(getenv func(string) (string, bool), orFile bool) (value string, err error) {
+	value, set := getenv(v.name)
+	if file, _ := getenv(v.name + "_FILE"); orFile && file != "" {
+		content, unread := os.ReadFile(file)
 		if value != "" {
-			env.values[v.name] = value
-		} else if v.preset == "*" && env.faults[v.name] == nil {
-			env.faults[v.name] = "is missing"
+			return "", fmt.Errorf("and %s_FILE are both set", v.name)
 		}
-	}
-	return env
-}
-
-// setting is the value of a variable, zero where it is empty or not right.
-func setting[T any](env *inputs, name string, parse func(string) (T, error)) (v T) {
-	if text, given := env.values[name].(string); given {
-		good, err := parse(text)
-		if err == nil {
-			return good
+		if unread != nil {
+			return "", errors.New("has a file that can't be read") // its name may be the secret, by mistake
 		}
-		env.faults[name] = "is not right"
+		value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
 	}
-	return v
+	switch {
+	case value != "" || set && v.name == "METRICS_ADDR":
+		return value, nil
+	case v.preset == "*":
+		return "", errors.New("is missing")
+	}
+	return v.preset, nil
 }
-
-func parseAny(v string) (string, error) { return v, nil }
 
 func parseTTL(v string) (time.Duration, error) {
 	if _, notSeconds := strconv.Atoi(v); notSeconds == nil {
@@ -340,6 +325,8 @@ func parseIssuer(v string) (string, error) {
 	}
 	return v, err
 }
+
+func parseAddress(v string) (*net.TCPAddr, error) { return net.ResolveTCPAddr("tcp", v) }
 
 func parseOrigin(v string) (string, error) {
 	u, err := url.Parse(v)
@@ -365,7 +352,7 @@ type server struct {
 	inner    *pgxpool.Pool // for the recorder, the keeper and lookups, which requests must not hold up
 	redis    *cache
 	vault    *vault
-	recorder *queue[event, bool]
+	recorder *queue[event, struct{}]
 	lookups  *queue[secretKey, secretOwner]
 	lives    *queue[origin, bool]
 	meter    *meter
@@ -382,7 +369,7 @@ type server struct {
 // for a minute; without Redis the service can do. Owner demands that the schema
 // is applied.
 func open(ctx context.Context, cfg config, owner bool) (*server, error) {
-	redis.SetLogger(redisLog{})
+	logging.Disable() // of go-redis: what fails is known to who asked
 	meter := newMeter()
 	db, inner, err := openPools(ctx, cfg.database, meter)
 	if err != nil {
@@ -396,7 +383,11 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
 	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
 	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(&o, meter), meter: meter, vault: newVault()}
-	s.recorder, s.lookups, s.lives = newQueue(s.storeEvents), newQueue(s.loadSecretOwners), newQueue(s.answerLives)
+	s.recorder = newQueue(s.storeEvents)
+	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]secretOwner, error) {
+		return loadSecretOwners(ctx, inner, shown)
+	})
+	s.lives = newQueue(func(ctx context.Context, of []origin) ([]bool, error) { return areAlive(ctx, inner, of) })
 	s.keys.Store(cfg.keys)
 	s.clock.Store(&reading{time.Now().Round(0), time.Now()})
 	end := time.Now().Add(time.Minute)
@@ -409,10 +400,11 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 		time.Sleep(time.Second)
 	}
 	if err != nil {
-		s.close()
-		return nil, fmt.Errorf("applying the schema: %w", err)
+		err = fmt.Errorf("applying the schema: %w", err)
+	} else {
+		err = s.readClock(ctx)
 	}
-	if err := s.readClock(ctx); err != nil {
+	if err != nil {
 		s.close()
 		return nil, err
 	}
@@ -465,6 +457,7 @@ func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func
 		slog.Warn("PostgreSQL may lose what it acknowledges when its machine fails: fsync or full_page_writes is off", "error", err)
 	}
 	s.postgres.beat(nil) // until the keeper knows better
+	s.redis.beat(nil)
 	stopKeeper := s.startKeeper()
 	defer stopKeeper()
 	web := s.web()
@@ -492,7 +485,7 @@ func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func
 
 func (s *server) web() *http.Server {
 	return &http.Server{
-		Handler:           s.front(),
+		Handler:           s.front(s.routes()),
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      20 * time.Second,
@@ -515,7 +508,7 @@ type request struct {
 	body   []byte
 	form   url.Values // at the token endpoints
 	caller caller
-	about  inquiry // of an introspection
+	about  inquiry // of an introspection or a revocation
 }
 
 // A route is what can be called, by whom, and how. Who identifies the caller,
@@ -607,9 +600,7 @@ func (s *server) bearer(scope string, own ...string) func(*request) error {
 // proved itself can always revoke: no limit is in the way.
 func (s *server) bearerOrClient(scope string) func(*request) error {
 	return func(r *request) (err error) {
-		if r.route.records == tokenIntrospected {
-			s.inquire(r)
-		}
+		s.inquire(r)
 		switch {
 		case !r.presents("Bearer"):
 			if err = s.authenticateClient(r); err == nil && r.route.records != tokenRevoked {
@@ -622,10 +613,13 @@ func (s *server) bearerOrClient(scope string) func(*request) error {
 				_, err = s.spend(r, byToken, "")
 			}
 		}
-		if err != nil {
-			return err
+		if err == nil {
+			err = r.caller.need(scope)
 		}
-		return r.caller.need(scope)
+		if err == nil && r.form.Get("token") == "" {
+			err = errForm.because("The body lacks token=TOKEN, the one that this is about.")
+		}
+		return err
 	}
 }
 
@@ -653,9 +647,9 @@ var (
 // front stands before the mux. Only a clean path reaches that, or it would
 // redirect, and a client would send its secret twice. What the mux would say
 // itself is said in our form.
-func (s *server) front() http.Handler {
+func (s *server) front(routes []route) http.Handler {
 	mux := http.NewServeMux()
-	for _, rt := range s.routes() {
+	for _, rt := range routes {
 		mux.HandleFunc(rt.pattern, func(w http.ResponseWriter, r *http.Request) { s.answer(rt, w, r) })
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -793,9 +787,6 @@ func (s *server) recordRefusal(r *request, err error) error {
 	}
 	if id := r.PathValue("credentialId"); isID(id) {
 		f["credentialId"] = id
-	}
-	if !isID(concerned) {
-		concerned = ""
 	}
 	return s.refused(r, newEvent(rt.records, concerned, f), p)
 }
@@ -958,12 +949,10 @@ const (
 func (b *bodies) begin(u *unfinished) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	same, oldest := 0, 0
-	for i, other := range b.open {
+	same, oldest := 0, 0 // of this address; of whom there are too many
+	for i, other := range slices.Backward(b.open) {
 		if other.address == u.address {
-			if same++; same == 1 {
-				oldest = i
-			}
+			same, oldest = same+1, i
 		}
 	}
 	if same < maxBodiesOf {
@@ -1005,9 +994,8 @@ func (s *server) readBody(w http.ResponseWriter, r *request) (err error) {
 	return nil
 }
 
-// Inputs are named values from outside: of the environment, of a JSON object or
-// of a query string. Who takes one says how it must be. All that is wrong is
-// reported at once.
+// Inputs are named values of a JSON object or of a query string. Who takes one
+// says how it must be. All that is wrong is reported at once.
 type inputs struct {
 	values map[string]any // text, or whatever JSON has; what was taken is gone
 	known  []string       // names that were asked for
@@ -1122,8 +1110,8 @@ func decode[T any](r *request, read func(*inputs) T) (q T, err error) {
 	return q, in.problem()
 }
 
-// query is what the query string has, each name once.
-func (r *request) query() *inputs {
+// readQuery takes what the query string has, each name once.
+func readQuery(r *request) *inputs {
 	in := newInputs()
 	values, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {

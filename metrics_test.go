@@ -867,7 +867,7 @@ func TestPgxTellsTheMeter(t *testing.T) {
 		t.Fatal("PostgreSQL divides by 0")
 	}
 	check("a batch that fails", m, 1, 1)
-	if err := transact(ctx, pool, func(tx pgx.Tx) error { return execSQL(ctx, tx, "asking", "select 1") }); err != nil {
+	if err := pgx.BeginFunc(ctx, pool, func(tx pgx.Tx) error { return execSQL(ctx, tx, "asking", "select 1") }); err != nil {
 		t.Fatal(err)
 	}
 	check("a transaction: begin, a statement, commit", m, 3, 0)
@@ -881,7 +881,7 @@ func TestPgxTellsTheMeter(t *testing.T) {
 
 // At a bound, a value is within it, as Prometheus has it ("le").
 func TestHistogramBounds(t *testing.T) {
-	s := &server{meter: newMeter(), recorder: &queue[event, bool]{}, redis: &cache{}}
+	s := &server{meter: newMeter(), recorder: &queue[event, struct{}]{}, redis: &cache{}}
 	s.clock.Store(&reading{time.Now(), time.Now()})
 	for _, v := range []float64{.5, .5, .500001, 11, 0} {
 		s.meter.add(v, "agentidp_audit_commit_duration_seconds", "")
@@ -942,7 +942,7 @@ func BenchmarkMeterOfAQuery(b *testing.B) {
 
 // A scrape of a copy all of whose routes were called.
 func BenchmarkScrape(b *testing.B) {
-	s := &server{meter: newMeter(), recorder: &queue[event, bool]{}, redis: &cache{}}
+	s := &server{meter: newMeter(), recorder: &queue[event, struct{}]{}, redis: &cache{}}
 	s.clock.Store(&reading{time.Now(), time.Now()})
 	for _, rt := range s.routes() {
 		s.meter.add(.01, "agentidp_http_request_duration_seconds", `route="`+rt.pattern+`"`)

@@ -19,7 +19,7 @@ import (
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 4360
+const maxLines = 4200
 
 // A sourceFile is a Go file of the package, parsed.
 type sourceFile struct {
@@ -300,7 +300,7 @@ func wantNames(t *testing.T, what string, readme map[string]map[string]string, c
 func TestReadmeHasEveryVariable(t *testing.T) {
 	readme := readmeTable(t, "## Variables")
 	var names []string
-	for _, v := range variables {
+	for _, v := range new(config).variables() {
 		names = append(names, v.name)
 		preset := strings.Trim(readme[v.name]["default"], "`")
 		if readme[v.name]["required"] == "yes" {

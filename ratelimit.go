@@ -4,14 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math"
 	"net/http"
 	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -28,22 +26,17 @@ const (
 )
 
 // admitScript answers in one round trip whether a request is one too many for
-// its window and its client's quota, and counts it if it isn't; whether its token
-// is known as revoked, which refuses it; and whether the token is that it asks
-// about.
+// its window and its client's quota, and counts it if it isn't.
 //
-// KEYS are the monthly counter and the revocations of these two, each of which
-// may be empty. ARGV are the owner of the window, its limit, the monthly quota,
-// what PostgreSQL counted of it so far (-1: not asked), and when the month ends.
-// A limit of 0 is none.
+// The key is the monthly counter, or empty. ARGV are the owner of the window, its
+// limit, the monthly quota, what PostgreSQL counted of it so far (-1: not asked),
+// and when the month ends. A limit of 0 is none.
 //
 // The clock is Redis's own. Window and expiry are set in one script, so that
 // no crash leaves a counter that never ends. What is refused is not counted,
 // except a request that finds the quota spent.
 var admitScript = redis.NewScript(`
 local limit, quota, seed = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-if KEYS[2] ~= '' and redis.call('EXISTS', KEYS[2]) == 1 then return {'revoked'} end
-local known = KEYS[3] ~= '' and redis.call('EXISTS', KEYS[3]) or 0
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local window, elapsed = math.floor(now / 60000), now % 60000
@@ -58,7 +51,7 @@ if limit > 0 then
 end
 local used = quota > 0 and tonumber(redis.call('GET', KEYS[1]) or seed) or 0
 if used < 0 then used = seed end -- 0.1.0 left such
-if used < 0 then return {'uncounted'} end
+if used < 0 then return {'uncounted', 0, 0, 0} end
 if limit > 0 then
 	current = redis.call('INCR', key .. window)
 	redis.call('PEXPIRE', key .. window, 120000)
@@ -67,7 +60,7 @@ if quota > 0 then
 	if used >= quota then return {'spent', previous, current, now} end
 	redis.call('SET', KEYS[1], used + 1, 'PXAT', ARGV[5])
 end
-return {'admitted', previous, current, now, known}`)
+return {'admitted', previous, current, now}`)
 
 // giveBackScript takes back one count, unless its window is over.
 var giveBackScript = redis.NewScript(`
@@ -78,15 +71,12 @@ return {}`)
 // connecting, writing and reading.
 const redisTimeout = 250 * time.Millisecond
 
-// A cache is Redis while it answers. After three failures in a row it isn't
-// asked again until the keeper (store.go) has found it well.
+// A cache is Redis while the keeper (store.go) finds that it can count.
 type cache struct {
 	*redis.Client
-	pulse    // beats when the keeper finds that it can count
-	asks     *queue[scriptCall, []any]
-	meter    *meter
-	failures atomic.Int32 // in a row
-	missed   atomic.Int64 // calls that went without Redis in this outage
+	pulse // beats when it was found
+	asks  *queue[scriptCall, reply]
+	meter *meter
 }
 
 // A scriptCall is what the keys and arguments of a script are in one call.
@@ -96,9 +86,14 @@ type scriptCall struct {
 	args   []any
 }
 
+type reply struct {
+	values []any
+	err    error
+}
+
 func newCache(o *redis.Options, m *meter) *cache {
 	c := &cache{Client: redis.NewClient(o), meter: m}
-	c.asks = newQueue(c.serve)
+	c.asks = newQueue(c.call)
 	return c
 }
 
@@ -107,64 +102,34 @@ func (c *cache) close() {
 	c.Close()
 }
 
-var errNoRedis = errors.New("redis is out of reach")
-
 // ask calls a script for a request. The caller goes on without Redis where that
 // fails.
 func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
-	return c.asks.put(ctx, scriptCall{script, keys, args}).wait()
+	r, err := c.asks.put(ctx, scriptCall{script, keys, args}).wait()
+	return r.values, errors.Join(err, r.err)
 }
 
-// serve makes the calls of concurrent requests in one trip, however near its end
-// one of these is: that says nothing of Redis. A failure is counted, and logged
-// once an outage.
-func (c *cache) serve(batch []*question[scriptCall, []any]) {
-	ctx, pipe, lost := context.Background(), c.Pipeline(), c.failures.Load() >= 3
-	replies := make([]*redis.Cmd, len(batch))
-	for i, q := range batch {
-		replies[i] = pipe.EvalSha(ctx, q.asked.script.Hash(), q.asked.keys, q.asked.args...)
+// call makes calls in one trip, each of which may fail by itself. While Redis is
+// lost nobody waits for it.
+func (c *cache) call(ctx context.Context, calls []scriptCall) ([]reply, error) {
+	if !c.well() {
+		c.meter.add(float64(len(calls)), "agentidp_store_errors_total", `store="redis"`)
+		return nil, errors.New("redis is lost")
 	}
-	if !lost {
-		begun := time.Now()
-		_, err := pipe.Exec(ctx) // each reply has its own
-		c.meter.asked(`store="redis"`, begun, err)
+	begun, pipe, replies := time.Now(), c.Pipeline(), make([]reply, len(calls))
+	made := make([]*redis.Cmd, len(calls))
+	for i, call := range calls {
+		made[i] = call.script.EvalSha(ctx, pipe, call.keys, call.args...)
 	}
-	var failure error
-	for i, q := range batch {
-		if lost {
-			q.err = errNoRedis
-		} else if q.answer, q.err = replies[i].Slice(); redis.HasErrorPrefix(q.err, "NOSCRIPT") {
-			q.answer, q.err = c.run(ctx, q.asked.script, q.asked.keys, q.asked.args...)
-			lost = errors.Is(q.err, errNoRedis)
-		}
-		if q.err != nil {
-			c.missed.Add(1)
-			failure = q.err
-		}
-	}
-	if failure == nil {
-		c.failures.Store(0)
-	} else if c.failures.Load() < 3 && c.failures.Add(1) == 3 {
-		slog.Error("redis lost: limits let through", "error", failure)
-	}
-}
-
-// run calls a script, also while Redis seems lost. It fails with errNoRedis.
-func (c *cache) run(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
-	begun := time.Now()
-	reply, err := script.Run(context.WithoutCancel(ctx), c.Client, keys, args...).Slice()
+	_, err := pipe.Exec(ctx) // each reply has its own
 	c.meter.asked(`store="redis"`, begun, err)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errNoRedis, err)
+	for i, call := range calls {
+		if redis.HasErrorPrefix(made[i].Err(), "NOSCRIPT") { // it has begun anew, or has forgotten it
+			made[i] = call.script.Eval(ctx, c, call.keys, call.args...)
+		}
+		replies[i].values, replies[i].err = made[i].Slice()
 	}
-	return reply, nil
-}
-
-// found says that Redis answers in full again.
-func (c *cache) found() {
-	if c.failures.Swap(0) >= 3 {
-		slog.Warn("redis is back", "calls_without", c.missed.Swap(0))
-	}
+	return replies, nil
 }
 
 // giveBack uncounts what did not come about. Where that fails, one less is left
@@ -173,48 +138,35 @@ func (c *cache) giveBack(ctx context.Context, key string) {
 	_, _ = c.ask(context.WithoutCancel(ctx), giveBackScript, []string{key})
 }
 
-func revokedKey(tokenID string) string { return "revoked:" + tokenID }
-
 // A verdict is what Redis says of a request.
 type verdict struct {
-	state             string // admitted, limited, revoked, spent, uncounted; unlimited without Redis
+	state             string // admitted, limited, spent, uncounted; unlimited without Redis
 	limit             int64  // requests a minute; 0 is none
 	previous, current int64  // requests of the last minute and of this one
 	now               int64  // Redis's clock, in milliseconds since 1970
-	known             bool   // the token that is asked about, as revoked
 }
 
 // admit asks admitScript. Owner is a window of a client, or "ip:" and an
-// address; tokens are the jti of the token and of that which it asks about, "" for
-// none; month is the quota's counter, "" for none; counted is what
-// PostgreSQL knows of it.
-func (s *server) admit(ctx context.Context, owner string, tokens [2]string, month string, counted int64) verdict {
-	limit, quota, keys := s.cfg.rateLimit, s.cfg.monthlyTokenLimit, []string{month, "", ""}
+// address; month is the quota's counter, "" for none; counted is what PostgreSQL
+// knows of it.
+func (s *server) admit(ctx context.Context, owner, month string, counted int64) verdict {
+	limit, quota := s.cfg.rateLimit, s.cfg.monthlyTokenLimit
 	if month == "" {
 		quota = 0
 	}
-	for i, id := range tokens {
-		if id != "" {
-			keys[1+i] = revokedKey(id)
-		}
-	}
 	v := verdict{state: "unlimited"}
-	if limit == 0 && quota == 0 && tokens == [2]string{} {
+	if limit == 0 && quota == 0 {
 		return v
 	}
-	reply, err := s.redis.ask(ctx, admitScript, keys,
+	reply, err := s.redis.ask(ctx, admitScript, []string{month},
 		owner, limit, quota, counted, nextMonth(s.now()).Add(24*time.Hour).UnixMilli())
-	if err == nil {
+	if err == nil && len(reply) == 4 {
 		v.limit = int64(limit)
 		v.state, _ = reply[0].(string)
+		v.previous, _ = reply[1].(int64)
+		v.current, _ = reply[2].(int64)
+		v.now, _ = reply[3].(int64)
 	}
-	number := func(i int) (n int64) {
-		if i < len(reply) {
-			n, _ = reply[i].(int64)
-		}
-		return n
-	}
-	v.previous, v.current, v.now, v.known = number(1), number(2), number(3), number(4) == 1
 	return v
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -48,13 +49,14 @@ func (v *service) counted(owner string) (sum int) {
 	return sum
 }
 
+// keys are those of a pattern, but for what the keeper counts.
 func (v *service) keys(pattern string) []string {
 	v.t.Helper()
 	keys, err := v.rdb.Keys(context.Background(), pattern).Result()
 	if err != nil {
 		v.t.Fatal(err)
 	}
-	return keys
+	return slices.DeleteFunc(keys, func(key string) bool { return strings.HasPrefix(key, "rate:keeper:") })
 }
 
 // forget lets everybody begin anew.

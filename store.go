@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	_ "embed"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"runtime"
 	"slices"
 	"strconv"
@@ -35,7 +37,9 @@ const schemaVersion = 2
 // settings are what our connections need of PostgreSQL, whatever the role, the
 // database or the URL says. A commit has to be durable before it is
 // acknowledged; a temporary table must not pass for one of ours; and a time or
-// bytes in text must have the form that pgx reads. A copy that stops for good
+// bytes in text must have the form that pgx reads. Each statement of a transaction
+// has to see what was committed before it: else the head of the audit chain would
+// be that of before its lock, and the chain would fork. A copy that stops for good
 // in the middle of a transaction gives back its locks. The old time-out holds
 // until the first of them has ended, so that is sent by itself.
 const settings = `
@@ -53,8 +57,8 @@ const settings = `
 
 // openPools makes the pool for requests, and one that requests must not hold
 // up. What the latter asks is always the same, so it is planned once.
-func openPools(ctx context.Context, cfg *pgxpool.Config, m *meter) (db, inner *pgxpool.Pool, err error) {
-	cfg.ConnConfig.Tracer = m
+func openPools(ctx context.Context, cfg *pgxpool.Config, tracer pgx.QueryTracer) (db, inner *pgxpool.Pool, err error) {
+	cfg.ConnConfig.Tracer = tracer
 	cfg.ConnConfig.ConnectTimeout = storeTimeout
 	cfg.PingTimeout = time.Second
 	own := cfg.Copy()
@@ -75,27 +79,35 @@ func openPools(ctx context.Context, cfg *pgxpool.Config, m *meter) (db, inner *p
 
 var errPooled = errors.New("DATABASE_URL leads to a pooler that changes sessions between transactions, so that settings of others would reach in; let it have pool_mode = session")
 
-// checkSessions fails with errPooled where one of these connections doesn't find
+// checkSessions fails with errPooled where one of two connections doesn't find
 // the mark that it has left, as behind a pooler whose unit is the transaction.
 // Against the order in which they were left, so that neither one that gives out
 // what was used last, nor one that gives out all in turns, gets through.
-func checkSessions(ctx context.Context, one, two *pgxpool.Conn) error {
+func checkSessions(ctx context.Context, pools ...*pgxpool.Pool) error {
+	var conns []*pgxpool.Conn
+	for _, pool := range pools {
+		conn, err := pool.Acquire(ctx)
+		if err != nil {
+			return err
+		}
+		defer conn.Release()
+		conns = append(conns, conn)
+	}
 	for range 3 {
-		now := time.Now().UnixNano()
-		marks := map[*pgxpool.Conn]string{one: fmt.Sprint("one ", now), two: fmt.Sprint("two ", now)}
-		for _, conn := range []*pgxpool.Conn{one, two} {
-			if _, err := conn.Exec(ctx, `select set_config('agentidp.mark', $1, false)`, pgx.QueryExecModeSimpleProtocol, marks[conn]); err != nil {
+		marks := []string{rand.Text(), rand.Text()}
+		for i, conn := range conns {
+			if _, err := conn.Exec(ctx, `select set_config('agentidp.mark', $1, false)`, pgx.QueryExecModeSimpleProtocol, marks[i]); err != nil {
 				return err
 			}
 		}
-		for _, conn := range []*pgxpool.Conn{two, one} {
+		for i, conn := range slices.Backward(conns) {
 			var mark string
 			err := conn.QueryRow(ctx, `select coalesce(current_setting('agentidp.mark', true), '')`, pgx.QueryExecModeSimpleProtocol).Scan(&mark)
+			if err == nil && mark != marks[i] {
+				err = errPooled
+			}
 			if err != nil {
 				return err
-			}
-			if mark != marks[conn] {
-				return errPooled
 			}
 		}
 	}
@@ -111,20 +123,10 @@ var errNotMigrated = errors.New("the tables are another role's, and their schema
 func (s *server) applySchema(ctx context.Context, always bool) error {
 	waiting, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
-	own, err := s.inner.Acquire(waiting)
-	if err != nil {
+	if err := checkSessions(waiting, s.inner, s.db); err != nil {
 		return err
 	}
-	defer own.Release()
-	other, err := s.db.Acquire(waiting)
-	if err != nil {
-		return err
-	}
-	defer other.Release()
-	if err := checkSessions(waiting, own, other); err != nil {
-		return err
-	}
-	tx, err := own.BeginTx(waiting, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
+	tx, err := s.inner.Begin(waiting)
 	if err != nil {
 		return err
 	}
@@ -156,6 +158,7 @@ type querier interface {
 	Exec(context.Context, string, ...any) (pgconn.CommandTag, error)
 	Query(context.Context, string, ...any) (pgx.Rows, error)
 	QueryRow(context.Context, string, ...any) pgx.Row
+	SendBatch(context.Context, *pgx.Batch) pgx.BatchResults
 }
 
 // one returns the row of a query. Where there is none it fails with none.
@@ -179,13 +182,6 @@ func execSQL(ctx context.Context, db querier, doing, sql string, args ...any) er
 	return nil
 }
 
-// transact runs a transaction in which each statement sees what was committed
-// before it: under a database's stricter default, the head of the audit chain
-// would be that of before its lock, and the chain would fork.
-func transact(ctx context.Context, db *pgxpool.Pool, do func(pgx.Tx) error) error {
-	return pgx.BeginTxFunc(ctx, db, pgx.TxOptions{IsoLevel: pgx.ReadCommitted}, do)
-}
-
 // A queue serves what is asked at the same time in one trip to a store: while
 // some are served, the next gather. Who finds nobody waiting is served at once.
 type queue[Q, A any] struct {
@@ -206,13 +202,15 @@ const (
 	batchSize = 256
 )
 
-func newQueue[Q, A any](serve func([]*question[Q, A])) *queue[Q, A] {
+// newQueue takes what answers several questions at once, in their order, or
+// fails for all of them.
+func newQueue[Q, A any](serve func(context.Context, []Q) ([]A, error)) *queue[Q, A] {
 	q := &queue[Q, A]{make(chan *question[Q, A], queueSize), make(chan struct{})}
 	go q.run(serve)
 	return q
 }
 
-func (q *queue[Q, A]) run(serve func([]*question[Q, A])) {
+func (q *queue[Q, A]) run(serve func(context.Context, []Q) ([]A, error)) {
 	defer close(q.done)
 	for first := range q.waiting {
 		runtime.Gosched() // who is about to ask does so first
@@ -221,10 +219,20 @@ func (q *queue[Q, A]) run(serve func([]*question[Q, A])) {
 			batch = append(batch, <-q.waiting)
 		}
 		batch = slices.DeleteFunc(batch, func(x *question[Q, A]) bool { return x.wanted.Err() != nil })
-		if len(batch) > 0 {
-			serve(batch)
+		if len(batch) == 0 {
+			continue
 		}
-		for _, x := range batch {
+		asked := make([]Q, len(batch))
+		for i, x := range batch {
+			asked[i] = x.asked
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
+		answers, err := serve(ctx, asked)
+		cancel()
+		for i, x := range batch {
+			if x.err = err; err == nil {
+				x.answer = answers[i]
+			}
 			close(x.answered)
 		}
 	}
@@ -256,17 +264,10 @@ func (x *question[Q, A]) wait() (answer A, err error) {
 	}
 }
 
-// redisLog makes lines of ours of what the Redis client logs.
-type redisLog struct{}
-
-func (redisLog) Printf(_ context.Context, format string, args ...any) {
-	slog.Debug("redis client", "message", fmt.Sprintf(format, args...))
-}
-
 // asked counts a call to a store.
 func (m *meter) asked(store string, begun time.Time, err error) {
 	m.add(time.Since(begun).Seconds(), "agentidp_store_call_duration_seconds", store)
-	if err != nil && !isEmailTaken(err) {
+	if err != nil {
 		m.add(1, "agentidp_store_errors_total", store)
 	}
 }
@@ -298,34 +299,22 @@ func (m *meter) TraceAcquireEnd(_ context.Context, _ *pgxpool.Pool, data pgxpool
 	}
 }
 
-// A change is a transaction that changes something.
-type change struct {
-	pgx.Tx
-	caller caller           // who changes it, as it is now
-	agents map[string]agent // that who and whom it concerns; nobody else changes them meanwhile
-}
-
 // change does something and records it in one transaction. An event without an
 // action is none.
 //
 // It locks first who acts and whom it concerns, and then looks whether who acts
 // is alive. What cuts an agent off is a change that concerns it. So a change
 // either commits before the cut, or sees it, however long ago it was let in.
-func (s *server) change(r *request, concerned string, do func(context.Context, *change) (event, error)) error {
+func (s *server) change(r *request, concerned string, do func(context.Context, pgx.Tx) (event, error)) error {
 	ctx, head := r.Context(), int64(0)
-	err := transact(ctx, s.db, func(begun pgx.Tx) error {
-		tx := &change{Tx: begun, caller: r.caller}
-		if err := tx.begin(ctx, concerned); err != nil {
+	err := pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error {
+		if err := r.caller.enter(ctx, tx, concerned); err != nil {
 			return err
 		}
 		e, err := do(ctx, tx)
-		if err != nil || e.Action == "" {
-			return err
+		if err == nil && e.Action != "" {
+			head, err = appendEvents(ctx, tx, []event{e.by(r)}, false)
 		}
-		if e, err = e.by(r); err != nil {
-			return err
-		}
-		head, err = appendEvents(ctx, tx, []event{e}, false)
 		return err
 	})
 	if err == nil {
@@ -334,38 +323,26 @@ func (s *server) change(r *request, concerned string, do func(context.Context, *
 	return err
 }
 
-// begin locks in the order of ids, so that two agents which change each other
-// don't wait for each other.
-func (tx *change) begin(ctx context.Context, concerned string) error {
-	actor := tx.caller.AgentID // "" is the operator
-	ids := slices.DeleteFunc([]string{actor, concerned}, func(id string) bool { return !isID(id) })
-	rows, _ := tx.Query(ctx, `
-		select `+agentColumns+`
-		from agents
+// enter locks in the order of ids, so that two agents which change each other
+// don't wait for each other. An operator, who has no id, is always alive.
+func (c caller) enter(ctx context.Context, tx pgx.Tx, concerned string) error {
+	ids := slices.DeleteFunc([]string{c.AgentID, concerned}, func(id string) bool { return !isID(id) })
+	err := execSQL(ctx, tx, "locking agents", `
+		select from agents
 		where agent_id = any($1)
 		order by agent_id
 		for no key update`, ids)
-	locked, err := pgx.CollectRows(rows, pgx.RowToStructByName[agent])
-	if err != nil {
-		return fmt.Errorf("locking agents: %w", err)
+	if err != nil || c.AgentID == "" {
+		return err
 	}
-	tx.agents = map[string]agent{}
-	for _, a := range locked {
-		tx.agents[a.AgentID] = a
-	}
-	if actor == "" {
-		return nil
-	}
-	alive, err := areAlive(ctx, tx, tx.caller.origin) // a statement of its own, which sees what was committed before the lock
+	alive, err := areAlive(ctx, tx, []origin{c.origin}) // a statement of its own, which sees what was committed before the lock
 	switch {
 	case err != nil:
 		return err
-	case !alive[0] && tx.caller.TokenID != "":
+	case !alive[0] && c.TokenID != "":
 		return errInvalidToken
 	case !alive[0]:
 		return errBadClient
-	case tx.caller.TokenID == "":
-		tx.caller.scopes = tx.agents[actor].Capabilities
 	}
 	return nil
 }
@@ -446,7 +423,7 @@ func (s *server) keepPostgres(ctx context.Context) error {
 // probe commits durably, as requests need it, and first tries to append an event
 // where that went wrong the last time. A read-only PostgreSQL is of no use.
 func (s *server) probe(ctx context.Context) error {
-	return transact(ctx, s.inner, func(tx pgx.Tx) error {
+	return pgx.BeginFunc(ctx, s.inner, func(tx pgx.Tx) error {
 		if !s.postgres.well() {
 			attempt, err := tx.Begin(ctx) // a savepoint
 			if err != nil {
@@ -458,20 +435,21 @@ func (s *server) probe(ctx context.Context) error {
 			}
 		}
 		return execSQL(ctx, tx, "asking PostgreSQL to write", `
-			select 1 / (current_setting('transaction_read_only') = 'off')::int, pg_logical_emit_message(true, 'agentidp', '')`)
+			select 1 / (current_setting('transaction_read_only') = 'off')::int, pg_advisory_xact_lock($1),
+				pg_logical_emit_message(true, 'agentidp', '')`, chainLock)
 	})
 }
 
-// keepRedis finds out whether Redis can count.
+// keepRedis finds out whether Redis can count, as it does for requests.
 func (s *server) keepRedis(ctx context.Context) error {
 	begun := time.Now()
-	err := s.redis.Set(ctx, "rate:keeper", 1, time.Second).Err()
+	err := admitScript.Run(ctx, s.redis, []string{""}, "keeper", math.MaxInt32, 0, 0, 0).Err()
 	s.meter.asked(`store="redis"`, begun, err)
-	if err == nil {
-		s.redis.found()
-	}
 	s.redis.beat(err)
-	return err
+	if err != nil {
+		return fmt.Errorf("counting in Redis: %w", err)
+	}
+	return nil
 }
 
 // A reading is what PostgreSQL's clock said, and when that was here.

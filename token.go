@@ -189,8 +189,7 @@ func grantAudience(resources []string, issuer string) (audience, error) {
 // whether the latter has to be given back if nothing comes of it. A quota that
 // Redis doesn't know is counted from the audit log.
 func (s *server) spend(r *request, window, month string) (counted bool, err error) {
-	owner, tokens := window+r.caller.AgentID, [2]string{r.caller.TokenID, r.about.ID}
-	v := s.admit(r.Context(), owner, tokens, month, -1)
+	v := s.admit(r.Context(), window+r.caller.AgentID, month, -1)
 	if v.state == "uncounted" {
 		var n int64
 		err = s.db.QueryRow(r.Context(), `
@@ -201,13 +200,10 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 		if err != nil {
 			return false, fmt.Errorf("counting this month's tokens: %w", err)
 		}
-		v = s.admit(r.Context(), owner, tokens, month, n)
+		v = s.admit(r.Context(), window+r.caller.AgentID, month, n)
 	}
-	r.about.known = v.known
 	v.setHeaders(r.out)
 	switch v.state {
-	case "revoked":
-		return false, errInvalidToken
 	case "limited":
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="client"`)
 		return false, errRateLimited
@@ -219,18 +215,18 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 	return v.state == "admitted" && month != "", nil
 }
 
-// An inquiry is what is found out about a token that a client asks about.
+// An inquiry is what is found out about a token that a client asks about. Of what
+// is no token of ours there are no claims.
 type inquiry struct {
 	claims
-	life  *question[origin, bool] // nil where the token isn't valid now
-	known bool                    // to Redis, as revoked
+	life *question[origin, bool] // nil where the token isn't valid now, or that isn't asked
 }
 
 // inquire begins an inquiry before it is known who asks, so that both tokens are
 // in one question.
 func (s *server) inquire(r *request) {
 	c, err := s.keys.Load().verify(r.form.Get("token"), s.cfg.issuer)
-	if r.about.claims = c; err == nil && c.validAt(s.now()) == nil {
+	if r.about.claims = c; err == nil && r.route.records == tokenIntrospected && c.validAt(s.now()) == nil {
 		r.about.life = s.lives.put(r.Context(), c.origin())
 	}
 }
@@ -238,17 +234,13 @@ func (s *server) inquire(r *request) {
 // introspectToken is RFC 7662. Whatever is wrong with a token, the answer is
 // the same.
 func (s *server) introspectToken(r *request) (any, error) {
-	if r.form.Get("token") == "" {
-		return nil, errForm.because("The body lacks token=TOKEN, the one that this is about.")
-	}
 	c, active, f := r.about.claims, false, facts{}
 	if r.about.life != nil {
 		f["jti"] = c.ID
-		alive, err := r.about.life.wait()
-		if err != nil {
+		var err error
+		if active, err = r.about.life.wait(); err != nil {
 			return nil, err
 		}
-		active = alive && !r.about.known
 	}
 	f["active"] = active
 	if err := s.record(r, newEvent(tokenIntrospected, c.Subject, f))(); err != nil {
@@ -268,12 +260,8 @@ func (s *server) introspectToken(r *request) (any, error) {
 // valid for its time alone is revoked all the same, and that is kept for a day
 // more than it is needed: a clock may be wrong, and be set right again.
 func (s *server) revokeToken(r *request) (any, error) {
-	token := r.form.Get("token")
-	if token == "" {
-		return nil, errForm.because("The body lacks token=TOKEN, the one that this is about.")
-	}
-	c, err := s.keys.Load().verify(token, s.cfg.issuer)
-	if err != nil {
+	c := r.about.claims
+	if c.ID == "" {
 		return struct{}{}, nil
 	}
 	useless := time.Unix(c.Expires, 0).Add(24 * time.Hour)
@@ -281,7 +269,7 @@ func (s *server) revokeToken(r *request) (any, error) {
 	if c.Subject != r.caller.AgentID && !r.caller.has(agentsWrite) {
 		return nil, s.refused(r, e, errForm.because("This token was issued to another client; to revoke it takes the scope agents:write."))
 	}
-	err = s.change(r, c.Subject, func(ctx context.Context, tx *change) (event, error) {
+	err := s.change(r, c.Subject, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		done, err := tx.Exec(ctx, `
 			insert into token_revocations (jti, expires_at)
 			values ($1, $2)
@@ -294,9 +282,6 @@ func (s *server) revokeToken(r *request) (any, error) {
 		}
 		return e, nil
 	})
-	if left := useless.Sub(s.now()); err == nil && left > 0 { // Redis may know it too; nobody waits for that, and nothing depends on it
-		go s.redis.Set(context.WithoutCancel(r.Context()), revokedKey(c.ID), 1, left)
-	}
 	return struct{}{}, err
 }
 
@@ -313,7 +298,7 @@ func (c claims) origin() origin { return origin{c.Subject, c.CredentialID, c.Sec
 
 // areAlive tells of each origin whether it is: its credential is active and has
 // that secret, its agent is active, and its jti is not revoked.
-func areAlive(ctx context.Context, db querier, of ...origin) ([]bool, error) {
+func areAlive(ctx context.Context, db querier, of []origin) ([]bool, error) {
 	credentials, tokens := make([]string, len(of)), make([]string, 0, len(of))
 	for i, o := range of {
 		if credentials[i] = o.CredentialID; o.TokenID != "" {
@@ -341,20 +326,4 @@ func areAlive(ctx context.Context, db querier, of ...origin) ([]bool, error) {
 		alive[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}] && !there[origin{TokenID: o.TokenID}]
 	}
 	return alive, nil
-}
-
-// answerLives answers all who ask at the same time by one question.
-func (s *server) answerLives(batch []*question[origin, bool]) {
-	ctx, cancel := context.WithTimeout(context.Background(), storeTimeout)
-	defer cancel()
-	asked := make([]origin, len(batch))
-	for i, q := range batch {
-		asked[i] = q.asked
-	}
-	alive, err := areAlive(ctx, s.inner, asked...)
-	for i, q := range batch {
-		if q.err = err; err == nil {
-			q.answer = alive[i]
-		}
-	}
 }
