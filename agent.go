@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net/http"
 	"regexp"
 	"slices"
 	"strings"
@@ -13,33 +11,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
-)
-
-// The scopes that mean something to this service itself. All others are the
-// business of the services that agents call.
-const (
-	agentsRead       = "agents:read"
-	agentsWrite      = "agents:write"
-	tokensRead       = "tokens:read"
-	auditRead        = "audit:read"
-	credentialsWrite = "credentials:write"
-)
-
-var ourScopes = []string{agentsRead, agentsWrite, tokensRead, auditRead, credentialsWrite}
-
-var (
-	agentTypes   = []string{"screener", "classifier", "orchestrator", "extractor", "summarizer", "router", "monitor", "custom"}
-	environments = []string{"development", "staging", "production"}
-	statuses     = []string{"active", "suspended", "decommissioned"}
-
-	// What HTML calls a valid e-mail address.
-	emailPattern = regexp.MustCompile("^[a-zA-Z0-9.!#$%&'*+/=?^_`{|}~-]+@" +
-		`[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)*$`)
-	// Semantic Versioning 2.0.0, as semver.org gives it.
-	versionPattern = regexp.MustCompile(`^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)` +
-		`(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?` +
-		`(?:\+([0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?$`)
-	capabilityPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_.-]*:([a-z0-9][a-z0-9_.-]*|\*)$`)
 )
 
 // An agent as it is stored and shown.
@@ -77,6 +48,21 @@ func readAgentChange(in *inputs) agentChange {
 		DeploymentEnv: take(in, "deploymentEnv", oneOf(environments)),
 	}
 }
+
+var (
+	agentTypes   = []string{"screener", "classifier", "orchestrator", "extractor", "summarizer", "router", "monitor", "custom"}
+	environments = []string{"development", "staging", "production"}
+	statuses     = []string{"active", "suspended", "decommissioned"}
+
+	// What HTML calls a valid e-mail address.
+	emailPattern = regexp.MustCompile("^[a-zA-Z0-9.!#$%&'*+/=?^_`{|}~-]+@" +
+		`[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?(?:\.[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?)*$`)
+	// Semantic Versioning 2.0.0, as semver.org gives it.
+	versionPattern = regexp.MustCompile(`^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)` +
+		`(?:-((?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*)(?:\.(?:0|[1-9]\d*|\d*[a-zA-Z-][0-9a-zA-Z-]*))*))?` +
+		`(?:\+([0-9a-zA-Z-]+(?:\.[0-9a-zA-Z-]+)*))?$`)
+	capabilityPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_.-]*:([a-z0-9][a-z0-9_.-]*|\*)$`)
+)
 
 func validVersion(s string) bool { return len(s) <= 64 && versionPattern.MatchString(s) }
 
@@ -125,28 +111,6 @@ func readRegistration(in *inputs) registration {
 		}
 	}
 	return registration{take(in, "email", email), readAgentChange(in)}
-}
-
-// A caller is who sent a request, as it has proved.
-type caller struct {
-	origin
-	scopes    []string // of the token, or all of the agent's where it showed a secret
-	expiresAt *moment  // of the secret shown
-}
-
-// has is true of every caller for "".
-func (c caller) has(scope string) bool { return scope == "" || slices.Contains(c.scopes, scope) }
-
-// mayGrant refuses to give out those of our scopes that the caller lacks, and
-// to change an agent that has them: nobody can mint authority that they don't
-// hold.
-func (c caller) mayGrant(capabilities []string) error {
-	for _, scope := range ourScopes {
-		if slices.Contains(capabilities, scope) && !c.has(scope) {
-			return errForbidden.because("Your token lacks " + scope + ", so it can neither grant that nor change an agent that has it.")
-		}
-	}
-	return nil
 }
 
 func (s *server) createAgent(r *request) (any, error) {
@@ -211,6 +175,11 @@ func (s *server) decommissionAgent(r *request) (any, error) {
 	_, err := s.changeAgent(r, agentChange{Status: &statuses[2]})
 	return nil, err
 }
+
+const revokeCredentials = `
+	update credentials
+	set status = 'revoked', revoked_at = date_trunc('milliseconds', clock_timestamp())
+	where `
 
 // changeAgent is every change of an agent, its end too.
 func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
@@ -293,43 +262,4 @@ func loadAgent(ctx context.Context, db querier, id string) (agent, error) {
 		select `+agentColumns+`
 		from agents
 		where agent_id = $1`, id)
-}
-
-// bootstrap registers the first agent, with all of our scopes, and prints its
-// client_id and client_secret.
-func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer) error {
-	if _, err := email(address); err != nil {
-		return fmt.Errorf("the email %w", err)
-	}
-	kind, release, owner := "custom", "1.0.0", "operator"
-	q := registration{&address, agentChange{
-		AgentType: &kind, Version: &release, Capabilities: &ourScopes, Owner: &owner, DeploymentEnv: &environments[2],
-	}}
-	plain := newSecret()
-	hash, err := s.vault.hash(ctx, plain)
-	if err != nil {
-		return err
-	}
-	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: s.newID()}
-	var a agent
-	err = s.change(operator, "", func(ctx context.Context, tx pgx.Tx) (event, error) {
-		if err := execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
-			return event{}, err
-		}
-		var done bool
-		err := tx.QueryRow(ctx, `
-			select exists (select from agents where status = 'active' and 'agents:write' = any(capabilities))`).Scan(&done)
-		if err != nil || done {
-			return event{}, errors.Join(err, errors.New("an active agent may hold agents:write already; let it register others"))
-		}
-		if a, err = insertAgent(ctx, tx, s.newID(), q); err != nil {
-			return event{}, err
-		}
-		c, err := storeSecret(ctx, tx, secretRow{s.newID(), a.AgentID, plain.prefix(), hash, s.newID(), nil})
-		return newEvent(agentCreated, a.AgentID, facts{"agent": q, "credentialId": c.CredentialID}), err
-	})
-	if err == nil {
-		fmt.Fprintf(stdout, "client_id: %s\nclient_secret: %s\n", a.AgentID, plain.reveal())
-	}
-	return err
 }

@@ -1,22 +1,17 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
-	"fmt"
-	"io"
+	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // What the log records.
@@ -40,170 +35,39 @@ var actions = []string{
 	credentialRotated, credentialRevoked, tokenIssued, tokenRevoked, tokenIntrospected, authFailed,
 }
 
-// A digest is a SHA-256 sum: bytes in the database, hexadecimal in JSON.
-type digest []byte
-
-func (d digest) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(d)), nil }
-
-// An event as it is stored, hashed and shown.
-type event struct {
-	EventID   string  `json:"eventId"`
-	Seq       int64   `json:"seq"`
-	AgentID   *string `json:"agentId"` // whom it concerns
-	ActorID   *string `json:"actorId"` // who did it; null for the operator
-	Action    string  `json:"action"`
-	Outcome   string  `json:"outcome"` // success or failure
-	IPAddress string  `json:"ipAddress"`
-	UserAgent string  `json:"userAgent"`
-	Metadata  rawJSON `json:"metadata"`
-	Timestamp moment  `json:"timestamp"`
-	PrevHash  digest  `json:"prevHash"`
-	Hash      digest  `json:"hash"`
-
-	facts facts // until Metadata is made of them
-}
-
-// rawJSON is what a json column holds, byte for byte: pgx would trim spaces. So
-// would json.Marshal, for which it is null, until encodeEvents puts it in.
-type rawJSON []byte
-
-func (j rawJSON) MarshalJSON() ([]byte, error) { return []byte("null"), nil }
-
-func (j *rawJSON) ScanBytes(b []byte) error {
-	*j = bytes.Clone(b)
-	return nil
-}
-
-// encodeEvents returns v, in which these events are, as JSON. Their metadata is
-// as it was stored, or a checker outside would find another hash.
-func encodeEvents(v any, events ...event) ([]byte, error) {
-	rest, err := json.Marshal(v)
-	var b []byte
-	for _, e := range events {
-		before, after, _ := bytes.Cut(rest, []byte(`"metadata":null`)) // which no text can hold: its quotes are escaped
-		b = append(append(append(b, before...), `"metadata":`...), e.Metadata...)
-		rest = after
-	}
-	return append(append(b, rest...), '\n'), err
-}
-
-const eventColumns = `event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent, metadata, "timestamp", prev_hash, hash`
-
-// facts are what an event says beside its fixed fields. None may be a secret.
-type facts map[string]any
-
-// newEvent is a success until refused says otherwise. It concerns nobody where
-// agentID is none.
-func newEvent(did, agentID string, f facts) event {
-	e := event{Action: did, Outcome: "success", facts: f}
-	if isID(agentID) {
-		e.AgentID = &agentID
-	}
-	return e
-}
-
-// by fills in who did it, from where.
-func (e event) by(r *request) event {
-	if r.caller.AgentID != "" {
-		e.ActorID = &r.caller.AgentID
-	}
-	if r.addr.IsValid() {
-		e.IPAddress = r.addr.String()
-	}
-	userAgent := r.UserAgent()
-	e.UserAgent = strings.ToValidUTF8(userAgent[:min(len(userAgent), 256)], "?")
-	e.facts["requestId"] = r.id
-	var err error
-	if e.Metadata, err = json.Marshal(e.facts); err != nil {
-		panic(err) // facts of ours that have no JSON
-	}
-	return e
-}
-
-// sum is the hash of an event: SHA-256 over these fields in this order, each
-// as a netstring (its length in bytes in decimal, a colon, the bytes, a comma;
-// cr.yp.to/proto/netstrings.txt). Hashes are in hexadecimal, the time is as
-// in JSON, what is null is empty. The first event's prevHash is 32 zero bytes.
-func (e *event) sum() digest {
-	orEmpty := func(s *string) string {
-		if s == nil {
-			return ""
+// change does something and records it in one transaction. An event without an
+// action is none.
+//
+// It locks first who acts and whom it concerns, and then looks whether who acts
+// is alive. What cuts an agent off is a change that concerns it. So a change
+// either commits before the cut, or sees it, however long ago it was let in.
+func (s *server) change(r *request, concerned string, do func(context.Context, pgx.Tx) (event, error)) error {
+	ctx, head := r.Context(), int64(0)
+	err := pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error {
+		if err := r.caller.enter(ctx, tx, concerned); err != nil {
+			return err
 		}
-		return *s
+		e, err := do(ctx, tx)
+		if err == nil && e.Action != "" {
+			head, err = appendEvents(ctx, tx, []event{e.by(r)}, false)
+		}
+		return err
+	})
+	if err == nil {
+		s.meter.head.Store(max(head, s.meter.head.Load()))
 	}
-	b := make([]byte, 0, 1024)
-	for _, field := range []string{
-		hex.EncodeToString(e.PrevHash), strconv.FormatInt(e.Seq, 10), e.EventID, e.Timestamp.String(), orEmpty(e.AgentID),
-		orEmpty(e.ActorID), e.Action, e.Outcome, e.IPAddress, e.UserAgent, string(e.Metadata),
-	} {
-		b = strconv.AppendInt(b, int64(len(field)), 10)
-		b = append(append(append(b, ':'), field...), ',')
-	}
-	sum := sha256.Sum256(b)
-	return sum[:]
+	return err
 }
 
-// appendEvents links events to the end of the chain. It holds the lock of the
-// chain until tx ends, so any number of copies write one chain, and it is the
-// last that a transaction does: whoever holds the lock waits for nothing.
-// Whole is for a connection without a transaction: it is one by itself. It
-// returns the last seq.
-func appendEvents(ctx context.Context, tx querier, events []event, whole bool) (int64, error) {
-	last, now := event{PrevHash: make(digest, sha256.Size)}, moment{}
-	head, tail := &pgx.Batch{}, &pgx.Batch{}
-	if whole {
-		head.Queue(`begin`)
+// record hands an event over and returns the function that waits until it is
+// stored. What it is about must not be done before that, or be undone where
+// that fails.
+func (s *server) record(r *request, e event) func() error {
+	stored := s.recorder.put(r.Context(), e.by(r))
+	return func() error {
+		_, err := stored.wait()
+		return err
 	}
-	head.Queue(`select pg_advisory_xact_lock($1), set_config('plan_cache_mode', 'force_generic_plan', true)`, chainLock) // planning costs more than it gains
-	head.Queue(`
-		select coalesce(max(seq), 0), date_trunc('milliseconds', clock_timestamp()), coalesce((array_agg(hash))[1], $1)
-		from (select seq, hash from audit_events order by seq desc limit 1) as head`, last.PrevHash).
-		QueryRow(func(row pgx.Row) error { return row.Scan(&last.Seq, &now, &last.Hash) })
-	if err := tx.SendBatch(ctx, head).Close(); err != nil {
-		return 0, fmt.Errorf("loading the head of the chain: %w", err)
-	}
-	var rows struct {
-		ids, actions, outcomes, addresses, userAgents, metadata []string
-		seqs                                                    []int64
-		agents, actors                                          []*string
-		prevHashes, hashes                                      [][]byte
-	}
-	for _, e := range events {
-		e.EventID, e.Seq, e.Timestamp, e.PrevHash = eventID(last.Seq+1, now), last.Seq+1, now, last.Hash
-		e.Hash = e.sum()
-		rows.ids, rows.seqs = append(rows.ids, e.EventID), append(rows.seqs, e.Seq)
-		rows.agents, rows.actors = append(rows.agents, e.AgentID), append(rows.actors, e.ActorID)
-		rows.actions, rows.outcomes = append(rows.actions, e.Action), append(rows.outcomes, e.Outcome)
-		rows.addresses, rows.userAgents = append(rows.addresses, e.IPAddress), append(rows.userAgents, e.UserAgent)
-		rows.metadata = append(rows.metadata, string(e.Metadata))
-		rows.prevHashes, rows.hashes = append(rows.prevHashes, e.PrevHash), append(rows.hashes, e.Hash)
-		last = e
-	}
-	// It divides by zero where a rule or a trigger of the tables' owner has swallowed one, and a transaction
-	// in which something failed does not commit.
-	tail.Queue(`
-		with stored as (
-			insert into audit_events (`+eventColumns+`)
-			select event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent, metadata::json, $10, prev_hash, hash
-			from unnest($1::uuid[], $2::bigint[], $3::uuid[], $4::uuid[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[],
-				$11::bytea[], $12::bytea[]) as event (event_id, seq, agent_id, actor_id, action, outcome, ip_address, user_agent,
-				metadata, prev_hash, hash)
-			returning 1)
-		select 1 / (count(*) = cardinality($1))::int
-		from stored`,
-		rows.ids, rows.seqs, rows.agents, rows.actors, rows.actions, rows.outcomes, rows.addresses, rows.userAgents, rows.metadata,
-		now.Time, rows.prevHashes, rows.hashes)
-	if whole {
-		tail.Queue(`commit`)
-	}
-	err := tx.SendBatch(ctx, tail).Close()
-	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.Code == "22012" {
-		err = errors.New("the database took an event and did not store it")
-	}
-	if err != nil {
-		return 0, fmt.Errorf("appending to the audit log: %w", err)
-	}
-	return last.Seq, nil
 }
 
 // storeEvents stores the events of concurrent requests in one transaction.
@@ -221,17 +85,6 @@ func (s *server) storeEvents(ctx context.Context, events []event) ([]struct{}, e
 	return make([]struct{}, len(events)), err
 }
 
-// record hands an event over and returns the function that waits until it is
-// stored. What it is about must not be done before that, or be undone where
-// that fails.
-func (s *server) record(r *request, e event) func() error {
-	stored := s.recorder.put(r.Context(), e.by(r))
-	return func() error {
-		_, err := stored.wait()
-		return err
-	}
-}
-
 // refused records what was refused, and returns why it was. A denial is
 // recorded outside of the change's transaction, or the rollback takes it back.
 func (s *server) refused(r *request, e event, why error) error {
@@ -242,21 +95,23 @@ func (s *server) refused(r *request, e event, why error) error {
 	return why
 }
 
-func (s *server) oldestServed() time.Time { return s.now().AddDate(0, 0, -s.cfg.retentionDays) }
-
-// date reads a time (RFC 3339) or a day, to which rest is added.
-func date(rest time.Duration) func(any) (time.Time, error) {
-	return parsed("must be a time like 2026-03-28T09:00:00Z or a day like 2026-03-28", func(s string) (time.Time, error) {
-		t, err := time.Parse(time.RFC3339, s)
-		if err != nil {
-			t, err = time.Parse(time.DateOnly, s)
-			t = t.Add(rest)
-		}
-		if t.Year() < 1970 || t.Year() > 9999 {
-			err = strconv.ErrRange
-		}
-		return t, err
-	})
+// recordRefusal records that an authenticated caller was refused a change, as
+// one also is that was cut off after it was let in.
+func (s *server) recordRefusal(r *request, err error) error {
+	rt := r.route
+	p, ok := errors.AsType[*problem](err)
+	if !ok || rt.records == "" || r.caller.AgentID == "" ||
+		!slices.Contains([]int{http.StatusUnauthorized, http.StatusForbidden, http.StatusConflict}, p.status) {
+		return err
+	}
+	concerned, f := r.PathValue("agentId"), facts{"reason": p.code}
+	if rt.form == oauth {
+		concerned, f["reason"] = r.caller.AgentID, p.oauth
+	}
+	if id := r.PathValue("credentialId"); isID(id) {
+		f["credentialId"] = id
+	}
+	return s.refused(r, newEvent(rt.records, concerned, f), p)
 }
 
 func (s *server) listEvents(r *request) (any, error) {
@@ -317,6 +172,21 @@ func (s *server) listEvents(r *request) (any, error) {
 	return s.encodePage(p, more)
 }
 
+// date reads a time (RFC 3339) or a day, to which rest is added.
+func date(rest time.Duration) func(any) (time.Time, error) {
+	return parsed("must be a time like 2026-03-28T09:00:00Z or a day like 2026-03-28", func(s string) (time.Time, error) {
+		t, err := time.Parse(time.RFC3339, s)
+		if err != nil {
+			t, err = time.Parse(time.DateOnly, s)
+			t = t.Add(rest)
+		}
+		if t.Year() < 1970 || t.Year() > 9999 {
+			err = strconv.ErrRange
+		}
+		return t, err
+	})
+}
+
 // encodePage adds to a page the cursor from which to read on, if there is more.
 func (s *server) encodePage(p page[event], more bool) ([]byte, error) {
 	out := struct {
@@ -347,12 +217,6 @@ func (s *server) openCursor(signed string) (c cursor, err error) {
 	return c, err
 }
 
-// eventID makes the id of an event, which tells where in the log it is: a UUID
-// of version 7 with the event's time, and its seq in place of random bits.
-func eventID(seq int64, at moment) string {
-	return idOf(at.Time, [10]byte(binary.BigEndian.AppendUint64([]byte{0, 0}, uint64(seq))))
-}
-
 func (s *server) getEvent(r *request) (any, error) {
 	id := r.PathValue("eventId")
 	if !isID(id) {
@@ -369,194 +233,4 @@ func (s *server) getEvent(r *request) (any, error) {
 		return nil, err
 	}
 	return encodeEvents(e, e)
-}
-
-// A checkpoint says what the head of the chain was. Signed and kept elsewhere,
-// it shows later that the chain still extends it.
-type checkpoint struct {
-	Issuer string `json:"iss"`
-	Seq    int64  `json:"seq"`
-	Hash   string `json:"hash"`
-	Time   int64  `json:"iat"` // seconds since 1970
-}
-
-// A chainReport is what a reading of the chain found.
-type chainReport struct {
-	Verified    bool    `json:"verified"`
-	FromSeq     int64   `json:"fromSeq"`
-	Events      int64   `json:"events"` // that are as they should be
-	FirstBadSeq int64   `json:"firstBadSeq,omitempty"`
-	HeadSeq     int64   `json:"headSeq"` // the last of them
-	HeadHash    digest  `json:"headHash"`
-	Checkpoint  *string `json:"checkpoint"` // null where the chain is not whole
-}
-
-// verifyChain reads the chain from a seq on (0: its last limit events), up to
-// limit events, and stops at the first that isn't what its predecessor, its
-// content or cp (nil: none) demand. Events may be missing at the beginning,
-// where partitions were dropped, but none of those that are served. Each event
-// that is as it should be is given to emit (nil: none), and a checkpoint is made
-// of the last. An error is that of emit, or says that the chain can't be read.
-func (s *server) verifyChain(ctx context.Context, from, limit int64, cp *checkpoint, emit func(*event) error) (chainReport, error) {
-	report := chainReport{HeadHash: make(digest, sha256.Size)}
-	var oldest, newest int64
-	err := s.db.QueryRow(ctx, `select coalesce(min(seq), 1), coalesce(max(seq), 0) from audit_events`).Scan(&oldest, &newest)
-	if err != nil {
-		return report, fmt.Errorf("loading the ends of the chain: %w", err)
-	}
-	if from == 0 {
-		from = newest - limit + 1
-	}
-	report.FromSeq = max(from, oldest)
-	report.HeadSeq = report.FromSeq - 1
-	served := s.oldestServed()
-	rows, _ := s.db.Query(ctx, `
-		select `+eventColumns+`
-		from audit_events
-		where seq >= $1::bigint - 1
-		order by seq, "timestamp"
-		limit $2::bigint + 1`, report.FromSeq, limit)
-	defer rows.Close()
-	for rows.Next() && report.FirstBadSeq == 0 && report.Events < limit {
-		e, err := pgx.RowToStructByPos[event](rows)
-		if err != nil {
-			return report, fmt.Errorf("reading an event: %w", err)
-		}
-		good := report.Events
-		report.extend(&e, oldest, served, cp)
-		if emit != nil && report.Events > good {
-			if err := emit(&e); err != nil {
-				return report, err
-			}
-		}
-	}
-	rows.Close()
-	if err := rows.Err(); err != nil {
-		return report, fmt.Errorf("reading the chain: %w", err)
-	}
-	if report.FirstBadSeq == 0 && cp != nil {
-		if cp.Seq > report.HeadSeq { // truncated, or rolled back
-			report.FirstBadSeq = report.HeadSeq + 1
-		} else if cp.Seq < report.FromSeq { // nothing links it to what is left
-			report.FirstBadSeq = cp.Seq
-		}
-	}
-	report.Verified = report.FirstBadSeq == 0
-	if !report.Verified || report.Events == 0 {
-		return report, nil
-	}
-	signed, err := s.keys.Load().sign(auditCheckpoint, checkpoint{
-		Issuer: s.cfg.issuer, Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash), Time: s.now().Unix(),
-	})
-	report.Checkpoint = &signed
-	return report, err
-}
-
-// extend checks one more event.
-func (report *chainReport) extend(e *event, oldest int64, served time.Time, cp *checkpoint) {
-	want := report.HeadSeq + 1
-	if report.Events == 0 && e.Seq == want-1 { // only for its hash
-		report.HeadHash = e.Hash
-		return
-	}
-	if report.Events == 0 && e.Seq == oldest && oldest > 1 {
-		report.HeadHash = e.PrevHash
-		if e.Timestamp.After(served) {
-			report.FirstBadSeq = oldest - 1
-			return
-		}
-	}
-	switch {
-	case e.Seq != want:
-		report.FirstBadSeq = min(e.Seq, want)
-		return
-	case e.Timestamp.Nanosecond()%1e6 != 0, !bytes.Equal(e.PrevHash, report.HeadHash), !bytes.Equal(e.Hash, e.sum()),
-		cp != nil && cp.Seq == e.Seq && cp.Hash != hex.EncodeToString(e.Hash):
-		report.FirstBadSeq = e.Seq
-		return
-	}
-	report.HeadSeq, report.HeadHash = e.Seq, e.Hash
-	report.Events++
-}
-
-const verifiedAtOnce = 100_000 // events that one request checks
-
-func (s *server) verifyEvents(r *request) (any, error) {
-	in, from := readQuery(r), int64(0)
-	if seq := take(in, "fromSeq", whole(1, 1<<53)); seq != nil {
-		from = int64(*seq)
-	}
-	if err := in.problem(); err != nil {
-		return nil, err
-	}
-	if !s.verifying.CompareAndSwap(false, true) { // each holds a connection for long
-		return nil, errBusy.because("Another report is being made by this copy; one at a time. Try again.")
-	}
-	defer s.verifying.Store(false)
-	report, err := s.verifyChain(r.Context(), from, verifiedAtOnce, nil, nil)
-	if err == nil && report.Verified && report.Events == 0 && from > 1 {
-		err = errValidation.with(map[string]any{"fromSeq": "is beyond the head of the chain"})
-	}
-	return report, err
-}
-
-const altered = "the audit log was altered: the first bad seq is %d"
-
-// verifyAudit reads the whole chain and says whether it is as it was written,
-// and whether it extends a checkpoint kept elsewhere.
-func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Writer, progress func(*event) error) error {
-	var cp *checkpoint
-	if signed != "" {
-		cp = &checkpoint{}
-		if s.keys.Load().open(auditCheckpoint, signed, cp) != nil {
-			return errors.New("this is no checkpoint that a key here signed: is it whole, is the key of its time in JWT_PUBLIC_KEY?")
-		}
-		if cp.Issuer != s.cfg.issuer {
-			return fmt.Errorf("this is no checkpoint of this issuer: it is of %q, and ISSUER is %q", cp.Issuer, s.cfg.issuer)
-		}
-	}
-	report, err := s.verifyChain(ctx, 1, 1<<60, cp, progress)
-	if err != nil {
-		return err
-	}
-	if cp != nil && cp.Seq < report.FromSeq {
-		return fmt.Errorf("the log begins at seq %d, after the checkpoint at %d: use a later one if what was before is dropped for its age; else the log was altered", report.FromSeq, cp.Seq)
-	}
-	if !report.Verified {
-		return fmt.Errorf(altered, report.FirstBadSeq)
-	}
-	fmt.Fprintf(stdout, "verified: %d events, from seq %d to %d\n", report.Events, report.FromSeq, report.HeadSeq)
-	if cp != nil {
-		fmt.Fprintf(stdout, "extends the checkpoint at seq %d\n", cp.Seq)
-	}
-	if report.Checkpoint != nil {
-		fmt.Fprintf(stdout, "checkpoint: %s\n", *report.Checkpoint)
-	}
-	return nil
-}
-
-// exportAudit prints the events from a seq on, one a line as they are served,
-// and a checkpoint of the last behind them. What is printed is checked; what is
-// bad, and what follows it, is not printed.
-func (s *server) exportAudit(ctx context.Context, from int64, stdout io.Writer) error {
-	out := bufio.NewWriter(stdout)
-	report, err := s.verifyChain(ctx, from, 1<<60, nil, func(e *event) error {
-		line, err := encodeEvents(e, *e)
-		if bytes.IndexByte(line, '\n') < len(line)-1 { // which could pass for several events
-			err = fmt.Errorf("the metadata of seq %d has a line break, which this service doesn't write", e.Seq)
-		}
-		if err == nil {
-			_, err = out.Write(line)
-		}
-		return err
-	})
-	if err == nil && !report.Verified {
-		err = fmt.Errorf(altered, report.FirstBadSeq)
-	} else if err == nil && report.Events == 0 && from > 1 {
-		err = fmt.Errorf("seq %d is beyond the end of the log", from)
-	}
-	if err == nil {
-		err = json.NewEncoder(out).Encode(map[string]*string{"checkpoint": report.Checkpoint})
-	}
-	return errors.Join(err, out.Flush())
 }

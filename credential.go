@@ -5,23 +5,210 @@ import (
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/base64"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"io"
 	"log/slog"
-	"net/url"
+	"net/http"
 	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/crypto/bcrypt"
 )
+
+// A credential as it is stored and shown. Its hash is in no wire type.
+type credential struct {
+	CredentialID string  `json:"credentialId"`
+	ClientID     string  `json:"clientId"`
+	Status       string  `json:"status"` // active or revoked
+	CreatedAt    moment  `json:"createdAt"`
+	ExpiresAt    *moment `json:"expiresAt"`
+	RevokedAt    *moment `json:"revokedAt"`
+	SecretPrefix string  `json:"secretPrefix"`
+}
+
+const credentialColumns = `credential_id, client_id, status, created_at, expires_at, revoked_at, secret_prefix`
+
+// A newCredential shows the secret, once.
+type newCredential struct {
+	credential
+	ClientSecret string `json:"clientSecret"`
+}
+
+// expiry is the one field of a request for a secret; none: until it is
+// revoked.
+func (s *server) expiry(in *inputs) *time.Time {
+	return take(in, "expiresAt", parsed("must be a time in the future, like 2030-01-01T00:00:00Z", func(text string) (time.Time, error) {
+		t, err := time.Parse(time.RFC3339, text)
+		if !t.After(s.now()) || t.UTC().Year() > 9999 {
+			err = strconv.ErrRange
+		}
+		return t, err
+	}))
+}
+
+func (s *server) createCredential(r *request) (any, error) {
+	return s.giveSecret(r, s.newID(), credentialGenerated)
+}
+
+func (s *server) rotateCredential(r *request) (any, error) {
+	return s.giveSecret(r, r.PathValue("credentialId"), credentialRotated)
+}
+
+// giveSecret gives a new secret, to a new credential or one that is there, and
+// answers with it.
+func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
+	expires, err := decode(r, s.expiry)
+	if err != nil {
+		return nil, err
+	}
+	agentID, plain := r.PathValue("agentId"), newSecret()
+	hash, err := s.vault.hash(r.Context(), plain)
+	if err != nil {
+		return nil, err
+	}
+	var c credential
+	err = s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
+		err := mayManage(ctx, tx, r.caller, agentID, "active")
+		if err == nil && did == credentialRotated {
+			err = checkCredential(ctx, tx, agentID, credentialID)
+		}
+		if err != nil {
+			return event{}, err
+		}
+		c, err = storeSecret(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, s.newID(), expires})
+		return newEvent(did, agentID, facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}), err
+	})
+	return newCredential{c, plain.reveal()}, err
+}
+
+// mayManage refuses a change of an agent's credentials where the caller may
+// not, or the agent is in none of these states. An agent may change its own by
+// credentials:write. Else it is as for any change of the agent, since a
+// credential is all that the agent may do.
+func mayManage(ctx context.Context, tx pgx.Tx, c caller, agentID string, states ...string) error {
+	a, err := loadAgent(ctx, tx, agentID)
+	if err == nil && (a.AgentID != c.AgentID || !c.has(credentialsWrite)) {
+		err = c.mayGrant(a.Capabilities)
+	}
+	if err == nil && !slices.Contains(states, a.Status) {
+		err = errNotActive.because("The agent is " + a.Status + ", and only an active one is given a secret.")
+	}
+	return err
+}
+
+func (s *server) listCredentials(r *request) (any, error) {
+	in := readQuery(r)
+	part := in.span()
+	if err := in.problem(); err != nil {
+		return nil, err
+	}
+	a, err := loadAgent(r.Context(), s.db, r.PathValue("agentId"))
+	if err != nil {
+		return nil, err
+	}
+	p, _, err := list[credential](r.Context(), s.db, part, pgx.NamedArgs{"client": a.AgentID}, credentialColumns, `
+		from credentials
+		where client_id = @client`, `
+		order by credential_id desc`)
+	return p, err
+}
+
+func (s *server) revokeCredential(r *request) (any, error) {
+	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
+	return nil, s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
+		err := mayManage(ctx, tx, r.caller, agentID, statuses...)
+		if err == nil {
+			err = checkCredential(ctx, tx, agentID, credentialID)
+		}
+		if err == nil {
+			err = execSQL(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
+		}
+		return newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID}), err
+	})
+}
+
+// A secretRow is what storing a secret takes.
+type secretRow struct {
+	credentialID, clientID, prefix string
+	hash                           []byte
+	secretID                       string
+	expiresAt                      *time.Time
+}
+
+// storeSecret gives a credential its secret and expiry. The tokens that an old
+// secret was traded for have another secret_id, and so are dead.
+func storeSecret(ctx context.Context, tx pgx.Tx, row secretRow) (credential, error) {
+	return one[credential](ctx, tx, nil, "storing credential", `
+		insert into credentials (credential_id, client_id, secret_prefix, secret_hash, secret_id, expires_at)
+		values ($1, $2, $3, $4, $5, date_trunc('milliseconds', $6::timestamptz))
+		on conflict (credential_id) do update
+		set secret_prefix = excluded.secret_prefix, secret_hash = excluded.secret_hash,
+			secret_id = excluded.secret_id, expires_at = excluded.expires_at
+		returning `+credentialColumns,
+		row.credentialID, row.clientID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
+}
+
+// checkCredential refuses to change what is no active credential of the agent,
+// which must be locked. Another agent's is as unknown as one that never was.
+func checkCredential(ctx context.Context, tx pgx.Tx, agentID, credentialID string) error {
+	if !isID(credentialID) {
+		return errNoCredential
+	}
+	c, err := one[credential](ctx, tx, errNoCredential, "loading credential", `
+		select `+credentialColumns+`
+		from credentials
+		where credential_id = $1 and client_id = $2`, credentialID, agentID)
+	if err == nil && c.Status != "active" {
+		err = errCredentialRevoked
+	}
+	return err
+}
+
+// bootstrap registers the first agent, with all of our scopes, and prints its
+// client_id and client_secret.
+func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer) error {
+	if _, err := email(address); err != nil {
+		return fmt.Errorf("the email %w", err)
+	}
+	kind, release, owner := "custom", "1.0.0", "operator"
+	q := registration{&address, agentChange{
+		AgentType: &kind, Version: &release, Capabilities: &ourScopes, Owner: &owner, DeploymentEnv: &environments[2],
+	}}
+	plain := newSecret()
+	hash, err := s.vault.hash(ctx, plain)
+	if err != nil {
+		return err
+	}
+	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: s.newID()}
+	var a agent
+	err = s.change(operator, "", func(ctx context.Context, tx pgx.Tx) (event, error) {
+		if err := execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
+			return event{}, err
+		}
+		var done bool
+		err := tx.QueryRow(ctx, `
+			select exists (select from agents where status = 'active' and 'agents:write' = any(capabilities))`).Scan(&done)
+		if err != nil || done {
+			return event{}, errors.Join(err, errors.New("an active agent may hold agents:write already; let it register others"))
+		}
+		if a, err = insertAgent(ctx, tx, s.newID(), q); err != nil {
+			return event{}, err
+		}
+		c, err := storeSecret(ctx, tx, secretRow{s.newID(), a.AgentID, plain.prefix(), hash, s.newID(), nil})
+		return newEvent(agentCreated, a.AgentID, facts{"agent": q, "credentialId": c.CredentialID}), err
+	})
+	if err == nil {
+		fmt.Fprintf(stdout, "client_id: %s\nclient_secret: %s\n", a.AgentID, plain.reveal())
+	}
+	return err
+}
 
 // A secret is a client secret in clear. However it is printed or logged, it
 // says "[secret]"; only reveal gives it away.
@@ -127,295 +314,4 @@ func (v *vault) memoKey(hash string, s secret) (key [32]byte) {
 	h.Write([]byte(s))
 	h.Sum(key[:0])
 	return key
-}
-
-// A credential as it is stored and shown. Its hash is in no wire type.
-type credential struct {
-	CredentialID string  `json:"credentialId"`
-	ClientID     string  `json:"clientId"`
-	Status       string  `json:"status"` // active or revoked
-	CreatedAt    moment  `json:"createdAt"`
-	ExpiresAt    *moment `json:"expiresAt"`
-	RevokedAt    *moment `json:"revokedAt"`
-	SecretPrefix string  `json:"secretPrefix"`
-}
-
-const credentialColumns = `credential_id, client_id, status, created_at, expires_at, revoked_at, secret_prefix`
-
-// A newCredential shows the secret, once.
-type newCredential struct {
-	credential
-	ClientSecret string `json:"clientSecret"`
-}
-
-// expiry is the one field of a request for a secret; none: until it is
-// revoked.
-func (s *server) expiry(in *inputs) *time.Time {
-	return take(in, "expiresAt", parsed("must be a time in the future, like 2030-01-01T00:00:00Z", func(text string) (time.Time, error) {
-		t, err := time.Parse(time.RFC3339, text)
-		if !t.After(s.now()) || t.UTC().Year() > 9999 {
-			err = strconv.ErrRange
-		}
-		return t, err
-	}))
-}
-
-func (s *server) createCredential(r *request) (any, error) {
-	return s.giveSecret(r, s.newID(), credentialGenerated)
-}
-
-func (s *server) rotateCredential(r *request) (any, error) {
-	return s.giveSecret(r, r.PathValue("credentialId"), credentialRotated)
-}
-
-// giveSecret gives a new secret, to a new credential or one that is there, and
-// answers with it.
-func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
-	expires, err := decode(r, s.expiry)
-	if err != nil {
-		return nil, err
-	}
-	agentID, plain := r.PathValue("agentId"), newSecret()
-	hash, err := s.vault.hash(r.Context(), plain)
-	if err != nil {
-		return nil, err
-	}
-	var c credential
-	err = s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
-		err := mayManage(ctx, tx, r.caller, agentID, "active")
-		if err == nil && did == credentialRotated {
-			err = checkCredential(ctx, tx, agentID, credentialID)
-		}
-		if err != nil {
-			return event{}, err
-		}
-		c, err = storeSecret(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, s.newID(), expires})
-		return newEvent(did, agentID, facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}), err
-	})
-	return newCredential{c, plain.reveal()}, err
-}
-
-// mayManage refuses a change of an agent's credentials where the caller may
-// not, or the agent is in none of these states. An agent may change its own by
-// credentials:write. Else it is as for any change of the agent, since a
-// credential is all that the agent may do.
-func mayManage(ctx context.Context, tx pgx.Tx, c caller, agentID string, states ...string) error {
-	a, err := loadAgent(ctx, tx, agentID)
-	if err == nil && (a.AgentID != c.AgentID || !c.has(credentialsWrite)) {
-		err = c.mayGrant(a.Capabilities)
-	}
-	if err == nil && !slices.Contains(states, a.Status) {
-		err = errNotActive.because("The agent is " + a.Status + ", and only an active one is given a secret.")
-	}
-	return err
-}
-
-func (s *server) listCredentials(r *request) (any, error) {
-	in := readQuery(r)
-	part := in.span()
-	if err := in.problem(); err != nil {
-		return nil, err
-	}
-	a, err := loadAgent(r.Context(), s.db, r.PathValue("agentId"))
-	if err != nil {
-		return nil, err
-	}
-	p, _, err := list[credential](r.Context(), s.db, part, pgx.NamedArgs{"client": a.AgentID}, credentialColumns, `
-		from credentials
-		where client_id = @client`, `
-		order by credential_id desc`)
-	return p, err
-}
-
-const revokeCredentials = `
-	update credentials
-	set status = 'revoked', revoked_at = date_trunc('milliseconds', clock_timestamp())
-	where `
-
-func (s *server) revokeCredential(r *request) (any, error) {
-	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
-	return nil, s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
-		err := mayManage(ctx, tx, r.caller, agentID, statuses...)
-		if err == nil {
-			err = checkCredential(ctx, tx, agentID, credentialID)
-		}
-		if err == nil {
-			err = execSQL(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
-		}
-		return newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID}), err
-	})
-}
-
-// A secretRow is what storing a secret takes.
-type secretRow struct {
-	credentialID, clientID, prefix string
-	hash                           []byte
-	secretID                       string
-	expiresAt                      *time.Time
-}
-
-// storeSecret gives a credential its secret and expiry. The tokens that an old
-// secret was traded for have another secret_id, and so are dead.
-func storeSecret(ctx context.Context, tx pgx.Tx, row secretRow) (credential, error) {
-	return one[credential](ctx, tx, nil, "storing credential", `
-		insert into credentials (credential_id, client_id, secret_prefix, secret_hash, secret_id, expires_at)
-		values ($1, $2, $3, $4, $5, date_trunc('milliseconds', $6::timestamptz))
-		on conflict (credential_id) do update
-		set secret_prefix = excluded.secret_prefix, secret_hash = excluded.secret_hash,
-			secret_id = excluded.secret_id, expires_at = excluded.expires_at
-		returning `+credentialColumns,
-		row.credentialID, row.clientID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
-}
-
-// checkCredential refuses to change what is no active credential of the agent,
-// which must be locked. Another agent's is as unknown as one that never was.
-func checkCredential(ctx context.Context, tx pgx.Tx, agentID, credentialID string) error {
-	if !isID(credentialID) {
-		return errNoCredential
-	}
-	c, err := one[credential](ctx, tx, errNoCredential, "loading credential", `
-		select `+credentialColumns+`
-		from credentials
-		where credential_id = $1 and client_id = $2`, credentialID, agentID)
-	if err == nil && c.Status != "active" {
-		err = errCredentialRevoked
-	}
-	return err
-}
-
-// authenticateClient is the only way from a request to the client that sent
-// it: by HTTP Basic, or client_id and client_secret in the form (RFC 6749,
-// section 2.3.1). A further method is a further case of clientSecret.
-//
-// A client that is known to be right costs one query. All others are first
-// counted as a failure of their address, so that no burst gets through to
-// bcrypt or the audit log, and are given that back if they turn out right.
-// Bcrypt isn't run for what would be refused anyway: the prefix of a secret that
-// has ended is known to many.
-func (s *server) authenticateClient(r *request) error {
-	id, plain, err := clientSecret(r)
-	if err != nil {
-		return err
-	}
-	var o secretOwner
-	if isID(id) && plain.wellFormed() {
-		if o, err = s.lookups.put(r.Context(), secretKey{id, plain.prefix()}).wait(); err != nil {
-			return err
-		}
-	}
-	right := s.vault.known(o.hash, plain)
-	if right && o.refusal() == nil {
-		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="warm"`)
-		r.caller = o.caller
-		return nil
-	}
-	address := addressKey(r.addr)
-	v := s.admit(r.Context(), address, "", 0)
-	if v.state == "limited" {
-		v.setHeaders(r.out)
-		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
-		return errAddressLimited
-	}
-	if !right && o.hash != "" && !o.ended {
-		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="cold"`)
-		if right, err = s.vault.compare(r.Context(), address, o.hash, plain); err != nil {
-			return err
-		}
-	}
-	if right && o.refusal() == nil {
-		if v.state == "admitted" {
-			s.redis.giveBack(r.Context(), fmt.Sprintf("rate:%s:%d", address, v.now/60000))
-		}
-		r.caller = o.caller
-		return nil
-	}
-	why := errBadClient
-	if right {
-		why = o.refusal()
-	}
-	return s.refused(r, newEvent(authFailed, id, facts{"reason": why.oauth}), why)
-}
-
-// A secretKey is what a secret is looked up by.
-type secretKey struct{ clientID, prefix string }
-
-// A secretOwner is the client that a prefix belongs to.
-type secretOwner struct {
-	caller
-	hash, agentStatus string
-	ended             bool // revoked or expired, as all are of a decommissioned agent
-}
-
-// refusal says why the right secret isn't enough, or nil.
-func (o secretOwner) refusal() *problem {
-	switch {
-	case o.agentStatus == "decommissioned":
-		return errClientInactive.because("This agent is decommissioned, which is final.")
-	case o.ended:
-		return errBadClient
-	case o.agentStatus != "active":
-		return errClientInactive.because("This agent is " + o.agentStatus + ", until an operator sets its status to active.")
-	}
-	return nil
-}
-
-// loadSecretOwners looks up secrets that are shown at the same time. An owner is
-// zero where there is none.
-func loadSecretOwners(ctx context.Context, db querier, shown []secretKey) ([]secretOwner, error) {
-	prefixes, owners, found := make([]string, len(shown)), make([]secretOwner, len(shown)), map[secretKey]secretOwner{}
-	for i, key := range shown {
-		prefixes[i] = key.prefix
-	}
-	rows, _ := db.Query(ctx, `
-		select c.secret_prefix, c.client_id, c.credential_id, c.secret_id, c.secret_hash, c.expires_at, a.status, a.capabilities,
-			c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)
-		from credentials c
-		join agents a on a.agent_id = c.client_id
-		where c.secret_prefix = any($1)`, prefixes)
-	var o secretOwner
-	var prefix string
-	_, err := pgx.ForEachRow(rows, []any{&prefix, &o.AgentID, &o.CredentialID, &o.SecretID, &o.hash, &o.expiresAt,
-		&o.agentStatus, &o.scopes, &o.ended}, func() error {
-		found[secretKey{o.AgentID, prefix}] = o
-		return nil
-	})
-	if err != nil {
-		return nil, fmt.Errorf("loading credentials: %w", err)
-	}
-	for i, key := range shown {
-		owners[i] = found[key]
-	}
-	return owners, nil
-}
-
-// clientSecret finds the one client_id and secret in a request.
-func clientSecret(r *request) (id string, plain secret, err error) {
-	id, plain = r.form.Get("client_id"), secret(r.form.Get("client_secret"))
-	header := r.Header.Get("Authorization")
-	if header == "" {
-		if plain == "" {
-			return "", "", errNoClient
-		}
-		return id, plain, nil
-	}
-	scheme, encoded, _ := strings.Cut(header, " ")
-	if plain != "" {
-		return "", "", errTwoMethods
-	}
-	if !strings.EqualFold(scheme, "Basic") {
-		return "", "", errNoClient
-	}
-	decoded, err := base64.StdEncoding.DecodeString(strings.TrimLeft(encoded, " "))
-	user, password, _ := strings.Cut(string(decoded), ":")
-	// Each half is form-encoded (RFC 6749, section 2.3.1). Ids and secrets
-	// have no character that clients which forget it would send differently.
-	user, userErr := url.QueryUnescape(user)
-	password, passwordErr := url.QueryUnescape(password)
-	if err != nil || userErr != nil || passwordErr != nil {
-		return "", "", errNoClient.because("After Basic there must be base64 of client_id:client_secret, each form-encoded.")
-	}
-	if id != "" && id != user {
-		return "", "", errTwoMethods.because("The client_id in the form is not that of the Authorization header.")
-	}
-	return user, secret(password), nil
 }

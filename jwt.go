@@ -60,6 +60,28 @@ type claims struct {
 	SecretID     string   `json:"secret_id"` // changes when the credential is rotated
 }
 
+// An origin is what a token came from, or a client that proved itself. A token
+// is alive while all of that is: nothing else has to be kept, copied or waited
+// for when an agent or a credential is cut off.
+type origin struct {
+	AgentID, CredentialID string
+	SecretID              string // changes when the credential is rotated
+	TokenID               string // its jti; of a client ""
+}
+
+func (c claims) origin() origin { return origin{c.Subject, c.CredentialID, c.SecretID, c.ID} }
+
+// validAt tells the holder why a token isn't valid at this time, or nil.
+func (c claims) validAt(now time.Time) error {
+	switch {
+	case c.Expires <= now.Unix():
+		return fmt.Errorf("a token that expired at %s; get a new one", moment{time.Unix(c.Expires, 0)})
+	case c.IssuedAt > now.Unix()+clockSkew:
+		return fmt.Errorf("a token of a time to come, %s", moment{time.Unix(c.IssuedAt, 0)})
+	}
+	return nil
+}
+
 // An audience of one is a string on the wire, of several an array (RFC 7519,
 // section 4.1.3).
 type audience []string
@@ -87,44 +109,128 @@ type keyset struct {
 	opened  memo[claims] // of access tokens
 }
 
-// A memo remembers what a pure function has returned, for up to memoSize
-// arguments. So nothing in it ever has to be invalidated.
-type memo[V any] struct {
-	mu     sync.Mutex
-	values map[[sha256.Size]byte]V // by a digest of the argument
-}
-
-const (
-	memoSize     = 1 << 14
-	maxMemoBytes = 2 << 10 // of a token; longer ones are opened each time
-)
-
-func (m *memo[V]) get(key [sha256.Size]byte) (v V, ok bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	v, ok = m.values[key]
-	return v, ok
-}
-
-func (m *memo[V]) put(key [sha256.Size]byte, v V) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.values == nil {
-		m.values = map[[sha256.Size]byte]V{}
-	}
-	for old := range m.values { // Go begins anywhere
-		if len(m.values) < memoSize {
-			break
-		}
-		delete(m.values, old)
-	}
-	m.values[key] = v
-}
-
 type publicKey struct {
 	key     crypto.PublicKey
 	jwk     map[string]string // as it is published; its kid is the thumbprint of the key (RFC 7638)
 	headers map[string]string // by typ, the one encoded header that this key's tokens have
+}
+
+// sign returns v as a JWT in compact form (RFC 7515, section 3.1).
+func (k *keyset) sign(typ string, v any) (string, error) {
+	payload, err := json.Marshal(v)
+	if err != nil {
+		return "", fmt.Errorf("encoding claims: %w", err)
+	}
+	signed := k.public[0].headers[typ] + "." + b64.EncodeToString(payload)
+	digest := sha256.Sum256([]byte(signed))
+	sig, err := k.private.Sign(nil, digest[:], crypto.SHA256) // PKCS #1 v1.5, or deterministic ECDSA (RFC 6979)
+	if _, elliptic := k.private.(*ecdsa.PrivateKey); elliptic && err == nil {
+		sig, err = fixedSize(sig)
+	}
+	if err != nil {
+		return "", fmt.Errorf("signing: %w", err)
+	}
+	return signed + "." + b64.EncodeToString(sig), nil
+}
+
+// open reads a token of this type that one of our keys signed into v. It fails
+// with errBadToken.
+func (k *keyset) open(typ, token string, v any) error {
+	if len(token) > maxTokenBytes {
+		return errBadToken
+	}
+	header, rest, _ := strings.Cut(token, ".")
+	payload64, sig64, _ := strings.Cut(rest, ".")
+	// The header is compared whole, not read: a token can't choose its
+	// algorithm or key (RFC 8725, section 3.1).
+	i := slices.IndexFunc(k.public, func(p publicKey) bool { return header == p.headers[typ] })
+	if i < 0 {
+		return errBadToken
+	}
+	sig, err := decodeSegment(sig64)
+	if err != nil {
+		return errBadToken
+	}
+	digest := sha256.Sum256([]byte(header + "." + payload64))
+	if !k.public[i].verifies(digest[:], sig) {
+		return errBadToken
+	}
+	payload, err := decodeSegment(payload64)
+	if err != nil || json.Unmarshal(payload, v) != nil {
+		return errBadToken
+	}
+	// Repeated, unknown or oddly cased names, null, text for a number: only
+	// what we would have written ourselves reads back to the same bytes.
+	again, err := json.Marshal(v)
+	if err != nil || string(again) != string(payload) {
+		return errBadToken
+	}
+	return nil
+}
+
+// decodeSegment decodes base64url. Go's decoder skips newlines and spare bits
+// even in strict mode, so insist on the one encoding we would have written.
+func decodeSegment(s string) ([]byte, error) {
+	b, err := b64.DecodeString(s)
+	if err != nil || b64.EncodeToString(b) != s {
+		return nil, errBadToken
+	}
+	return b, nil
+}
+
+// verify returns the claims of an access token that issuer signed. Else its
+// error tells the holder what the token is. Whether it is valid now, for whom,
+// and alive is the caller's.
+func (k *keyset) verify(token, issuer string) (claims, error) {
+	key := sha256.Sum256([]byte(token))
+	c, known := k.opened.get(key)
+	if !known {
+		if err := k.open(accessToken, token, &c); err != nil {
+			return claims{}, err
+		}
+		if len(token) <= maxMemoBytes {
+			k.opened.put(key, c)
+		}
+	}
+	if c.Issuer != issuer {
+		return claims{}, fmt.Errorf("a token of the issuer %s; here it is %s", clip(c.Issuer), issuer)
+	}
+	return c, nil
+}
+
+// verifies tells whether sig is this key's signature of what has this digest.
+func (p publicKey) verifies(digest, sig []byte) bool {
+	switch key := p.key.(type) {
+	case *rsa.PublicKey:
+		return rsa.VerifyPKCS1v15(key, crypto.SHA256, digest, sig) == nil
+	case *ecdsa.PublicKey:
+		if len(sig) != 64 {
+			return false
+		}
+		der, err := asn1.Marshal(ecdsaSignature{new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])})
+		if err != nil || !ecdsa.VerifyASN1(key, digest, der) {
+			return false
+		}
+		ours, err := fixedSize(der)
+		return err == nil && bytes.Equal(sig, ours)
+	}
+	return false
+}
+
+// An ecdsaSignature is what Go has in ASN.1, and JWTs as two numbers of 32
+// bytes (RFC 7518, section 3.4). With (r, s), (r, n-s) is good too. We write the
+// one with the lesser s, and accept no other, so that a token has one form.
+type ecdsaSignature struct{ R, S *big.Int }
+
+func fixedSize(der []byte) ([]byte, error) {
+	var sig ecdsaSignature
+	if _, err := asn1.Unmarshal(der, &sig); err != nil {
+		return nil, err
+	}
+	if other := new(big.Int).Sub(elliptic.P256().Params().N, sig.S); other.Cmp(sig.S) < 0 {
+		sig.S = other
+	}
+	return append(sig.R.FillBytes(make([]byte, 32)), sig.S.FillBytes(make([]byte, 32))...), nil
 }
 
 // newKeyset takes the key that signs: one PEM block, PKCS#8, PKCS#1 or SEC 1.
@@ -232,135 +338,6 @@ func (k *keyset) add(key crypto.PublicKey) error {
 	return nil
 }
 
-// sign returns v as a JWT in compact form (RFC 7515, section 3.1).
-func (k *keyset) sign(typ string, v any) (string, error) {
-	payload, err := json.Marshal(v)
-	if err != nil {
-		return "", fmt.Errorf("encoding claims: %w", err)
-	}
-	signed := k.public[0].headers[typ] + "." + b64.EncodeToString(payload)
-	digest := sha256.Sum256([]byte(signed))
-	sig, err := k.private.Sign(nil, digest[:], crypto.SHA256) // PKCS #1 v1.5, or deterministic ECDSA (RFC 6979)
-	if _, elliptic := k.private.(*ecdsa.PrivateKey); elliptic && err == nil {
-		sig, err = fixedSize(sig)
-	}
-	if err != nil {
-		return "", fmt.Errorf("signing: %w", err)
-	}
-	return signed + "." + b64.EncodeToString(sig), nil
-}
-
-// An ecdsaSignature is what Go has in ASN.1, and JWTs as two numbers of 32
-// bytes (RFC 7518, section 3.4). With (r, s), (r, n-s) is good too. We write the
-// one with the lesser s, and accept no other, so that a token has one form.
-type ecdsaSignature struct{ R, S *big.Int }
-
-func fixedSize(der []byte) ([]byte, error) {
-	var sig ecdsaSignature
-	if _, err := asn1.Unmarshal(der, &sig); err != nil {
-		return nil, err
-	}
-	if other := new(big.Int).Sub(elliptic.P256().Params().N, sig.S); other.Cmp(sig.S) < 0 {
-		sig.S = other
-	}
-	return append(sig.R.FillBytes(make([]byte, 32)), sig.S.FillBytes(make([]byte, 32))...), nil
-}
-
-// verifies tells whether sig is this key's signature of what has this digest.
-func (p publicKey) verifies(digest, sig []byte) bool {
-	switch key := p.key.(type) {
-	case *rsa.PublicKey:
-		return rsa.VerifyPKCS1v15(key, crypto.SHA256, digest, sig) == nil
-	case *ecdsa.PublicKey:
-		if len(sig) != 64 {
-			return false
-		}
-		der, err := asn1.Marshal(ecdsaSignature{new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])})
-		if err != nil || !ecdsa.VerifyASN1(key, digest, der) {
-			return false
-		}
-		ours, err := fixedSize(der)
-		return err == nil && bytes.Equal(sig, ours)
-	}
-	return false
-}
-
-// open reads a token of this type that one of our keys signed into v. It fails
-// with errBadToken.
-func (k *keyset) open(typ, token string, v any) error {
-	if len(token) > maxTokenBytes {
-		return errBadToken
-	}
-	header, rest, _ := strings.Cut(token, ".")
-	payload64, sig64, _ := strings.Cut(rest, ".")
-	// The header is compared whole, not read: a token can't choose its
-	// algorithm or key (RFC 8725, section 3.1).
-	i := slices.IndexFunc(k.public, func(p publicKey) bool { return header == p.headers[typ] })
-	if i < 0 {
-		return errBadToken
-	}
-	sig, err := decodeSegment(sig64)
-	if err != nil {
-		return errBadToken
-	}
-	digest := sha256.Sum256([]byte(header + "." + payload64))
-	if !k.public[i].verifies(digest[:], sig) {
-		return errBadToken
-	}
-	payload, err := decodeSegment(payload64)
-	if err != nil || json.Unmarshal(payload, v) != nil {
-		return errBadToken
-	}
-	// Repeated, unknown or oddly cased names, null, text for a number: only
-	// what we would have written ourselves reads back to the same bytes.
-	again, err := json.Marshal(v)
-	if err != nil || string(again) != string(payload) {
-		return errBadToken
-	}
-	return nil
-}
-
-// decodeSegment decodes base64url. Go's decoder skips newlines and spare bits
-// even in strict mode, so insist on the one encoding we would have written.
-func decodeSegment(s string) ([]byte, error) {
-	b, err := b64.DecodeString(s)
-	if err != nil || b64.EncodeToString(b) != s {
-		return nil, errBadToken
-	}
-	return b, nil
-}
-
-// verify returns the claims of an access token that issuer signed. Else its
-// error tells the holder what the token is. Whether it is valid now, for whom,
-// and alive is the caller's.
-func (k *keyset) verify(token, issuer string) (claims, error) {
-	key := sha256.Sum256([]byte(token))
-	c, known := k.opened.get(key)
-	if !known {
-		if err := k.open(accessToken, token, &c); err != nil {
-			return claims{}, err
-		}
-		if len(token) <= maxMemoBytes {
-			k.opened.put(key, c)
-		}
-	}
-	if c.Issuer != issuer {
-		return claims{}, fmt.Errorf("a token of the issuer %s; here it is %s", clip(c.Issuer), issuer)
-	}
-	return c, nil
-}
-
-// validAt tells the holder why a token isn't valid at this time, or nil.
-func (c claims) validAt(now time.Time) error {
-	switch {
-	case c.Expires <= now.Unix():
-		return fmt.Errorf("a token that expired at %s; get a new one", moment{time.Unix(c.Expires, 0)})
-	case c.IssuedAt > now.Unix()+clockSkew:
-		return fmt.Errorf("a token of a time to come, %s", moment{time.Unix(c.IssuedAt, 0)})
-	}
-	return nil
-}
-
 // each lists what the keys have as this member, once, the signing key's first.
 func (k *keyset) each(member string) (list []string) {
 	for _, p := range k.public {
@@ -397,4 +374,38 @@ func newKeyPEM(alg string) ([]byte, error) {
 		return nil, fmt.Errorf("encoding a key: %w", err)
 	}
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}
+
+// A memo remembers what a pure function has returned, for up to memoSize
+// arguments. So nothing in it ever has to be invalidated.
+type memo[V any] struct {
+	mu     sync.Mutex
+	values map[[sha256.Size]byte]V // by a digest of the argument
+}
+
+const (
+	memoSize     = 1 << 14
+	maxMemoBytes = 2 << 10 // of a token; longer ones are opened each time
+)
+
+func (m *memo[V]) get(key [sha256.Size]byte) (v V, ok bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	v, ok = m.values[key]
+	return v, ok
+}
+
+func (m *memo[V]) put(key [sha256.Size]byte, v V) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.values == nil {
+		m.values = map[[sha256.Size]byte]V{}
+	}
+	for old := range m.values { // Go begins anywhere
+		if len(m.values) < memoSize {
+			break
+		}
+		delete(m.values, old)
+	}
+	m.values[key] = v
 }

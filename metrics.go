@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"math"
@@ -13,6 +14,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // A meter counts what Prometheus is to know of this copy. Words of ours tell
@@ -55,6 +59,41 @@ func (m *meter) add(v float64, name, labels string) {
 	}
 	h.counts[sort.SearchFloat64s(h.bounds, v)]++
 	h.sum += v
+}
+
+// asked counts a call to a store.
+func (m *meter) asked(store string, begun time.Time, err error) {
+	m.add(time.Since(begun).Seconds(), "agentidp_store_call_duration_seconds", store)
+	if err != nil {
+		m.add(1, "agentidp_store_errors_total", store)
+	}
+}
+
+// A meter is told by pgx of each query, of each batch, and of who found no
+// connection. The time when it began goes along in the context.
+
+type begunKey struct{}
+
+func (m *meter) TraceQueryStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceQueryStartData) context.Context {
+	return context.WithValue(ctx, begunKey{}, time.Now())
+}
+func (m *meter) TraceQueryEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryEndData) {
+	m.asked(`store="postgres"`, ctx.Value(begunKey{}).(time.Time), data.Err)
+}
+func (m *meter) TraceBatchStart(ctx context.Context, _ *pgx.Conn, _ pgx.TraceBatchStartData) context.Context {
+	return context.WithValue(ctx, begunKey{}, time.Now())
+}
+func (m *meter) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
+func (m *meter) TraceBatchEnd(ctx context.Context, _ *pgx.Conn, data pgx.TraceBatchEndData) {
+	m.asked(`store="postgres"`, ctx.Value(begunKey{}).(time.Time), data.Err)
+}
+func (m *meter) TraceAcquireStart(ctx context.Context, _ *pgxpool.Pool, _ pgxpool.TraceAcquireStartData) context.Context {
+	return ctx
+}
+func (m *meter) TraceAcquireEnd(_ context.Context, _ *pgxpool.Pool, data pgxpool.TraceAcquireEndData) {
+	if data.Err != nil {
+		m.add(1, "agentidp_store_errors_total", `store="postgres"`)
+	}
 }
 
 // showMetrics is in the text form of Prometheus, version 0.0.4.

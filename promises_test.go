@@ -19,7 +19,7 @@ import (
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 4200
+const maxLines = 4310
 
 // A sourceFile is a Go file of the package, parsed.
 type sourceFile struct {
@@ -65,6 +65,108 @@ func TestSourceCanBeReadInADay(t *testing.T) {
 	}
 }
 
+// rooms are the files in the order of who may name what others declare: each
+// only what stands below it. What everybody hangs on is nobody's room.
+var rooms = strings.Fields(`
+	main.go config.go discovery.go keeper.go token.go auth.go credential.go agent.go audit.go chain.go
+	input.go http.go caller.go ratelimit.go metrics.go jwt.go store.go errors.go`)
+
+// passages are names that go against that order, and why.
+var passages = map[string]string{
+	"server":        "holds the two stores, the keys and what asks them: each room has its methods on it",
+	"version":       "is on the first lines of main.go, where it is looked for, and health and metrics tell it",
+	"recordRefusal": "a request that was refused is answered by http.go, and audit.go knows how to record it",
+}
+
+const maxRoom = 450 // lines, which is an hour's reading
+
+func TestRoomsNameOnlyWhatIsBelowThem(t *testing.T) {
+	home, method := map[string]int{}, map[string]int{} // the room of a name, and of a method of server
+	files := goFiles(t, false)
+	for _, file := range files {
+		room := slices.Index(rooms, file.name)
+		if n := strings.Count(file.text, "\n"); room < 0 || n > maxRoom {
+			t.Errorf("%s has %d lines, and is room %d; want it listed, with at most %d", file.name, n, room, maxRoom)
+		}
+		types := map[string]bool{}
+		for _, declared := range file.Decls {
+			switch d := declared.(type) {
+			case *ast.GenDecl:
+				for _, spec := range d.Specs {
+					switch spec := spec.(type) {
+					case *ast.TypeSpec:
+						home[spec.Name.Name], types[spec.Name.Name] = room, true
+					case *ast.ValueSpec:
+						for _, name := range spec.Names {
+							home[name.Name] = room
+						}
+					}
+				}
+			case *ast.FuncDecl:
+				if d.Recv == nil {
+					home[d.Name.Name] = room
+				} else if receiver(d) == "server" {
+					method[d.Name.Name] = room
+				}
+			}
+		}
+		for _, declared := range file.Decls {
+			if d, ok := declared.(*ast.FuncDecl); ok && d.Recv != nil && receiver(d) != "server" && !types[receiver(d)] {
+				t.Errorf("%s has the method %s of %s, which is another file's", file.name, d.Name.Name, receiver(d))
+			}
+		}
+	}
+	if len(files) != len(rooms) {
+		t.Errorf("there are %d files, want the %d rooms", len(files), len(rooms))
+	}
+	passed := map[string]bool{}
+	for _, file := range files {
+		here := slices.Index(rooms, file.name)
+		look := func(name string, declared map[string]int) {
+			there, ours := declared[name]
+			switch {
+			case !ours || there >= here:
+			case passages[name] != "":
+				passed[name] = true
+			default:
+				t.Errorf("%s names %s, which %s above it declares", file.name, name, rooms[there])
+			}
+		}
+		for _, name := range file.Unresolved { // by this file: it is another's, an import or Go's own
+			look(name.Name, home)
+		}
+		ast.Inspect(file.File, func(n ast.Node) bool {
+			if of, ok := n.(*ast.SelectorExpr); ok {
+				if s, ok := of.X.(*ast.Ident); ok && s.Name == "s" {
+					look(of.Sel.Name, method)
+				}
+			}
+			return true
+		})
+	}
+	for name := range passages {
+		if !passed[name] {
+			t.Errorf("nothing needs the passage of %s", name)
+		}
+	}
+}
+
+// receiver is the type that a method is of.
+func receiver(method *ast.FuncDecl) string {
+	of := method.Recv.List[0].Type
+	if pointer, ok := of.(*ast.StarExpr); ok {
+		of = pointer.X
+	}
+	if generic, ok := of.(*ast.IndexListExpr); ok {
+		of = generic.X
+	}
+	if generic, ok := of.(*ast.IndexExpr); ok {
+		of = generic.X
+	}
+	name, _ := of.(*ast.Ident)
+	return name.Name
+}
+
 // importers says which files may import a package, or what is below it; "" is
 // none. What is not listed here is for every file.
 var importers = map[string]string{
@@ -73,9 +175,9 @@ var importers = map[string]string{
 	"crypto/elliptic":              "jwt.go",
 	"crypto/x509":                  "jwt.go",
 	"golang.org/x/crypto":          "credential.go",
-	"os":                           "main.go",
-	"embed":                        "main.go store.go",
-	"github.com/redis/go-redis/v9": "main.go ratelimit.go token.go",
+	"os":                           "main.go config.go",
+	"embed":                        "discovery.go store.go",
+	"github.com/redis/go-redis/v9": "main.go config.go ratelimit.go",
 	"unsafe":                       "",
 	"reflect":                      "",
 	"math/rand":                    "", // crypto/rand is for what nobody may guess

@@ -62,82 +62,6 @@ if quota > 0 then
 end
 return {'admitted', previous, current, now}`)
 
-// giveBackScript takes back one count, unless its window is over.
-var giveBackScript = redis.NewScript(`
-if tonumber(redis.call('GET', KEYS[1]) or 0) > 0 then redis.call('DECR', KEYS[1]) end
-return {}`)
-
-// redisTimeout is the longest that a call waits for Redis, once for each of
-// connecting, writing and reading.
-const redisTimeout = 250 * time.Millisecond
-
-// A cache is Redis while the keeper (store.go) finds that it can count.
-type cache struct {
-	*redis.Client
-	pulse // beats when it was found
-	asks  *queue[scriptCall, reply]
-	meter *meter
-}
-
-// A scriptCall is what the keys and arguments of a script are in one call.
-type scriptCall struct {
-	script *redis.Script
-	keys   []string
-	args   []any
-}
-
-type reply struct {
-	values []any
-	err    error
-}
-
-func newCache(o *redis.Options, m *meter) *cache {
-	c := &cache{Client: redis.NewClient(o), meter: m}
-	c.asks = newQueue(c.call)
-	return c
-}
-
-func (c *cache) close() {
-	c.asks.close()
-	c.Close()
-}
-
-// ask calls a script for a request. The caller goes on without Redis where that
-// fails.
-func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
-	r, err := c.asks.put(ctx, scriptCall{script, keys, args}).wait()
-	return r.values, errors.Join(err, r.err)
-}
-
-// call makes calls in one trip, each of which may fail by itself. While Redis is
-// lost nobody waits for it.
-func (c *cache) call(ctx context.Context, calls []scriptCall) ([]reply, error) {
-	if !c.well() {
-		c.meter.add(float64(len(calls)), "agentidp_store_errors_total", `store="redis"`)
-		return nil, errors.New("redis is lost")
-	}
-	begun, pipe, replies := time.Now(), c.Pipeline(), make([]reply, len(calls))
-	made := make([]*redis.Cmd, len(calls))
-	for i, call := range calls {
-		made[i] = call.script.EvalSha(ctx, pipe, call.keys, call.args...)
-	}
-	_, err := pipe.Exec(ctx) // each reply has its own
-	c.meter.asked(`store="redis"`, begun, err)
-	for i, call := range calls {
-		if redis.HasErrorPrefix(made[i].Err(), "NOSCRIPT") { // it has begun anew, or has forgotten it
-			made[i] = call.script.Eval(ctx, c, call.keys, call.args...)
-		}
-		replies[i].values, replies[i].err = made[i].Slice()
-	}
-	return replies, nil
-}
-
-// giveBack uncounts what did not come about. Where that fails, one less is left
-// until the window ends.
-func (c *cache) giveBack(ctx context.Context, key string) {
-	_, _ = c.ask(context.WithoutCancel(ctx), giveBackScript, []string{key})
-}
-
 // A verdict is what Redis says of a request.
 type verdict struct {
 	state             string // admitted, limited, spent, uncounted; unlimited without Redis
@@ -245,4 +169,80 @@ func clientAddress(r *http.Request, trusted []netip.Prefix) netip.Addr {
 		addr = hop.Unmap().WithZone("")
 	}
 	return addr
+}
+
+// redisTimeout is the longest that a call waits for Redis, once for each of
+// connecting, writing and reading.
+const redisTimeout = 250 * time.Millisecond
+
+// A cache is Redis while the keeper (store.go) finds that it can count.
+type cache struct {
+	*redis.Client
+	pulse // beats when it was found
+	asks  *queue[scriptCall, reply]
+	meter *meter
+}
+
+// A scriptCall is what the keys and arguments of a script are in one call.
+type scriptCall struct {
+	script *redis.Script
+	keys   []string
+	args   []any
+}
+
+type reply struct {
+	values []any
+	err    error
+}
+
+func newCache(o *redis.Options, m *meter) *cache {
+	c := &cache{Client: redis.NewClient(o), meter: m}
+	c.asks = newQueue(c.call)
+	return c
+}
+
+func (c *cache) close() {
+	c.asks.close()
+	c.Close()
+}
+
+// ask calls a script for a request. The caller goes on without Redis where that
+// fails.
+func (c *cache) ask(ctx context.Context, script *redis.Script, keys []string, args ...any) ([]any, error) {
+	r, err := c.asks.put(ctx, scriptCall{script, keys, args}).wait()
+	return r.values, errors.Join(err, r.err)
+}
+
+// call makes calls in one trip, each of which may fail by itself. While Redis is
+// lost nobody waits for it.
+func (c *cache) call(ctx context.Context, calls []scriptCall) ([]reply, error) {
+	if !c.well() {
+		c.meter.add(float64(len(calls)), "agentidp_store_errors_total", `store="redis"`)
+		return nil, errors.New("redis is lost")
+	}
+	begun, pipe, replies := time.Now(), c.Pipeline(), make([]reply, len(calls))
+	made := make([]*redis.Cmd, len(calls))
+	for i, call := range calls {
+		made[i] = call.script.EvalSha(ctx, pipe, call.keys, call.args...)
+	}
+	_, err := pipe.Exec(ctx) // each reply has its own
+	c.meter.asked(`store="redis"`, begun, err)
+	for i, call := range calls {
+		if redis.HasErrorPrefix(made[i].Err(), "NOSCRIPT") { // it has begun anew, or has forgotten it
+			made[i] = call.script.Eval(ctx, c, call.keys, call.args...)
+		}
+		replies[i].values, replies[i].err = made[i].Slice()
+	}
+	return replies, nil
+}
+
+// giveBackScript takes back one count, unless its window is over.
+var giveBackScript = redis.NewScript(`
+if tonumber(redis.call('GET', KEYS[1]) or 0) > 0 then redis.call('DECR', KEYS[1]) end
+return {}`)
+
+// giveBack uncounts what did not come about. Where that fails, one less is left
+// until the window ends.
+func (c *cache) giveBack(ctx context.Context, key string) {
+	_, _ = c.ask(context.WithoutCancel(ctx), giveBackScript, []string{key})
 }

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"mime"
 	"net/url"
 	"regexp"
 	"slices"
@@ -16,57 +15,6 @@ import (
 )
 
 const maxTokenTTL = 24 * time.Hour
-
-// scopePattern is the grammar of RFC 6749, section 3.3.
-var scopePattern = regexp.MustCompile(`^[\x21\x23-\x5B\x5D-\x7E]+( [\x21\x23-\x5B\x5D-\x7E]+)*$`)
-
-// parseForm reads the form of a token endpoint. Parameters count only in the
-// body, once, and an empty one is an absent one (RFC 6749, section 3.2).
-func (r *request) parseForm() error {
-	types := r.Header.Values("Content-Type")
-	if mediaType, _, err := mime.ParseMediaType(strings.Join(types, ",")); err != nil ||
-		len(types) != 1 || mediaType != "application/x-www-form-urlencoded" {
-		return errForm.because("The Content-Type must be application/x-www-form-urlencoded, once; it was '" + clip(strings.Join(types, ", ")) + "'.")
-	}
-	form, err := url.ParseQuery(string(r.body))
-	if err != nil {
-		return errForm.because("The body must be name=value pairs, with % only before two hex digits and no ;.")
-	}
-	for name, values := range form {
-		if len(values) > 1 && name != "resource" {
-			return errForm.because("The parameter " + clip(name) + " is there more than once.")
-		}
-	}
-	r.form = form
-	return nil
-}
-
-// identify finds out who sent a bearer token (RFC 6750, section 2.1), that it
-// is for this service, valid now, and alive.
-func (s *server) identify(r *request) error {
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	if !strings.EqualFold(scheme, "Bearer") {
-		return errNoToken
-	}
-	c, err := s.keys.Load().verify(strings.TrimLeft(token, " "), s.cfg.issuer)
-	if err == nil && !slices.Contains(c.Audience, s.cfg.issuer) {
-		err = fmt.Errorf("a token for %s; ask for one without resource, or for %s too", clip(strings.Join(c.Audience, " ")), s.cfg.issuer)
-	}
-	if err == nil {
-		err = c.validAt(s.now())
-	}
-	if err != nil {
-		return errInvalidToken.because("This is " + err.Error() + ".")
-	}
-	alive, err := s.lives.put(r.Context(), c.origin()).wait()
-	if err == nil && !alive {
-		err = errInvalidToken
-	}
-	if err == nil {
-		r.caller = caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
-	}
-	return err
-}
 
 // issueToken is the client credentials grant (RFC 6749, section 4.4).
 func (s *server) issueToken(r *request) (any, error) {
@@ -129,6 +77,9 @@ func (s *server) checkGrant(r *request) (scope string, aud audience, err error) 
 	return scope, aud, err
 }
 
+// scopePattern is the grammar of RFC 6749, section 3.3.
+var scopePattern = regexp.MustCompile(`^[\x21\x23-\x5B\x5D-\x7E]+( [\x21\x23-\x5B\x5D-\x7E]+)*$`)
+
 // grantScope narrows what is asked for to what the capabilities allow (RFC
 // 6749, section 3.3); asked for nothing, it is all of them.
 func grantScope(asked string, capabilities []string) (string, error) {
@@ -184,53 +135,6 @@ func grantAudience(resources []string, issuer string) (audience, error) {
 	return aud, nil
 }
 
-// spend counts the request of an authenticated caller in the window that it
-// belongs to, and where month isn't empty for its client's quota; counted says
-// whether the latter has to be given back if nothing comes of it. A quota that
-// Redis doesn't know is counted from the audit log.
-func (s *server) spend(r *request, window, month string) (counted bool, err error) {
-	v := s.admit(r.Context(), window+r.caller.AgentID, month, -1)
-	if v.state == "uncounted" {
-		var n int64
-		err = s.db.QueryRow(r.Context(), `
-			select count(*)
-			from audit_events
-			where agent_id = $1 and action = 'token.issued' and outcome = 'success'
-				and "timestamp" >= date_trunc('month', now(), 'UTC')`, r.caller.AgentID).Scan(&n)
-		if err != nil {
-			return false, fmt.Errorf("counting this month's tokens: %w", err)
-		}
-		v = s.admit(r.Context(), window+r.caller.AgentID, month, n)
-	}
-	v.setHeaders(r.out)
-	switch v.state {
-	case "limited":
-		s.meter.add(1, "agentidp_limit_rejections_total", `limit="client"`)
-		return false, errRateLimited
-	case "spent":
-		s.meter.add(1, "agentidp_limit_rejections_total", `limit="quota"`)
-		return false, errQuota.because(fmt.Sprintf("The monthly quota of %d tokens is spent. It resets at %s.",
-			s.cfg.monthlyTokenLimit, moment{nextMonth(s.now())}))
-	}
-	return v.state == "admitted" && month != "", nil
-}
-
-// An inquiry is what is found out about a token that a client asks about. Of what
-// is no token of ours there are no claims.
-type inquiry struct {
-	claims
-	life *question[origin, bool] // nil where the token isn't valid now, or that isn't asked
-}
-
-// inquire begins an inquiry before it is known who asks, so that both tokens are
-// in one question.
-func (s *server) inquire(r *request) {
-	c, err := s.keys.Load().verify(r.form.Get("token"), s.cfg.issuer)
-	if r.about.claims = c; err == nil && r.route.records == tokenIntrospected && c.validAt(s.now()) == nil {
-		r.about.life = s.lives.put(r.Context(), c.origin())
-	}
-}
-
 // introspectToken is RFC 7662. Whatever is wrong with a token, the answer is
 // the same.
 func (s *server) introspectToken(r *request) (any, error) {
@@ -283,47 +187,4 @@ func (s *server) revokeToken(r *request) (any, error) {
 		return e, nil
 	})
 	return struct{}{}, err
-}
-
-// An origin is what a token came from, or a client that proved itself. A token
-// is alive while all of that is: nothing else has to be kept, copied or waited
-// for when an agent or a credential is cut off.
-type origin struct {
-	AgentID, CredentialID string
-	SecretID              string // changes when the credential is rotated
-	TokenID               string // its jti; of a client ""
-}
-
-func (c claims) origin() origin { return origin{c.Subject, c.CredentialID, c.SecretID, c.ID} }
-
-// areAlive tells of each origin whether it is: its credential is active and has
-// that secret, its agent is active, and its jti is not revoked.
-func areAlive(ctx context.Context, db querier, of []origin) ([]bool, error) {
-	credentials, tokens := make([]string, len(of)), make([]string, 0, len(of))
-	for i, o := range of {
-		if credentials[i] = o.CredentialID; o.TokenID != "" {
-			tokens = append(tokens, o.TokenID)
-		}
-	}
-	rows, _ := db.Query(ctx, `
-		select c.client_id::text, c.credential_id::text, c.secret_id::text, ''
-		from credentials c
-		join agents a on a.agent_id = c.client_id
-		where c.credential_id = any($1) and c.status = 'active' and a.status = 'active'
-		union all
-		select '', '', '', jti::text
-		from token_revocations
-		where jti = any($2)`, credentials, tokens)
-	found, err := pgx.CollectRows(rows, pgx.RowToStructByPos[origin])
-	if err != nil {
-		return nil, fmt.Errorf("asking what is alive: %w", err)
-	}
-	there, alive := map[origin]bool{}, make([]bool, len(of))
-	for _, o := range found {
-		there[o] = true
-	}
-	for i, o := range of {
-		alive[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}] && !there[origin{TokenID: o.TokenID}]
-	}
-	return alive, nil
 }

@@ -1,0 +1,267 @@
+package main
+
+import (
+	"context"
+	"encoding/base64"
+	"fmt"
+	"net/url"
+	"slices"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// bearer lets in who has a token that carries scope; and the agent of the path
+// itself if its token carries one of own, where "" is always there.
+func (s *server) bearer(scope string, own ...string) func(*request) error {
+	return func(r *request) error {
+		if err := s.identify(r); err != nil {
+			return err
+		}
+		lacks, window := r.caller.need(scope), byToken
+		if self := r.caller.AgentID == r.PathValue("agentId"); self && slices.ContainsFunc(own, r.caller.has) {
+			lacks = nil
+		} else if self && len(own) > 0 && lacks != nil {
+			lacks = r.caller.need(own[0]) // the lesser of the two
+		}
+		if lacks == nil && r.route.records != "" {
+			window = toChange
+		}
+		if _, err := s.spend(r, window, ""); err != nil {
+			return err
+		}
+		return lacks
+	}
+}
+
+// bearerOrClient lets in who has a token that carries scope, and who
+// authenticates as a client that holds it; "" is always there. A client that
+// proved itself can always revoke: no limit is in the way.
+func (s *server) bearerOrClient(scope string) func(*request) error {
+	return func(r *request) (err error) {
+		s.inquire(r)
+		switch {
+		case !r.presents("Bearer"):
+			if err = s.authenticateClient(r); err == nil && r.route.records != tokenRevoked {
+				_, err = s.spend(r, byCredential, "")
+			}
+		case r.form.Get("client_secret") != "":
+			err = errTwoMethods
+		default:
+			if err = s.identify(r); err == nil {
+				_, err = s.spend(r, byToken, "")
+			}
+		}
+		if err == nil {
+			err = r.caller.need(scope)
+		}
+		if err == nil && r.form.Get("token") == "" {
+			err = errForm.because("The body lacks token=TOKEN, the one that this is about.")
+		}
+		return err
+	}
+}
+
+// identify finds out who sent a bearer token (RFC 6750, section 2.1), that it
+// is for this service, valid now, and alive.
+func (s *server) identify(r *request) error {
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	if !strings.EqualFold(scheme, "Bearer") {
+		return errNoToken
+	}
+	c, err := s.keys.Load().verify(strings.TrimLeft(token, " "), s.cfg.issuer)
+	if err == nil && !slices.Contains(c.Audience, s.cfg.issuer) {
+		err = fmt.Errorf("a token for %s; ask for one without resource, or for %s too", clip(strings.Join(c.Audience, " ")), s.cfg.issuer)
+	}
+	if err == nil {
+		err = c.validAt(s.now())
+	}
+	if err != nil {
+		return errInvalidToken.because("This is " + err.Error() + ".")
+	}
+	alive, err := s.lives.put(r.Context(), c.origin()).wait()
+	if err == nil && !alive {
+		err = errInvalidToken
+	}
+	if err == nil {
+		r.caller = caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
+	}
+	return err
+}
+
+// inquire begins an inquiry before it is known who asks, so that both tokens are
+// in one question.
+func (s *server) inquire(r *request) {
+	c, err := s.keys.Load().verify(r.form.Get("token"), s.cfg.issuer)
+	if r.about.claims = c; err == nil && r.route.records == tokenIntrospected && c.validAt(s.now()) == nil {
+		r.about.life = s.lives.put(r.Context(), c.origin())
+	}
+}
+
+// spend counts the request of an authenticated caller in the window that it
+// belongs to, and where month isn't empty for its client's quota; counted says
+// whether the latter has to be given back if nothing comes of it. A quota that
+// Redis doesn't know is counted from the audit log.
+func (s *server) spend(r *request, window, month string) (counted bool, err error) {
+	v := s.admit(r.Context(), window+r.caller.AgentID, month, -1)
+	if v.state == "uncounted" {
+		var n int64
+		err = s.db.QueryRow(r.Context(), `
+			select count(*)
+			from audit_events
+			where agent_id = $1 and action = 'token.issued' and outcome = 'success'
+				and "timestamp" >= date_trunc('month', now(), 'UTC')`, r.caller.AgentID).Scan(&n)
+		if err != nil {
+			return false, fmt.Errorf("counting this month's tokens: %w", err)
+		}
+		v = s.admit(r.Context(), window+r.caller.AgentID, month, n)
+	}
+	v.setHeaders(r.out)
+	switch v.state {
+	case "limited":
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="client"`)
+		return false, errRateLimited
+	case "spent":
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="quota"`)
+		return false, errQuota.because(fmt.Sprintf("The monthly quota of %d tokens is spent. It resets at %s.",
+			s.cfg.monthlyTokenLimit, moment{nextMonth(s.now())}))
+	}
+	return v.state == "admitted" && month != "", nil
+}
+
+// authenticateClient is the only way from a request to the client that sent
+// it: by HTTP Basic, or client_id and client_secret in the form (RFC 6749,
+// section 2.3.1). A further method is a further case of clientSecret.
+//
+// A client that is known to be right costs one query. All others are first
+// counted as a failure of their address, so that no burst gets through to
+// bcrypt or the audit log, and are given that back if they turn out right.
+// Bcrypt isn't run for what would be refused anyway: the prefix of a secret that
+// has ended is known to many.
+func (s *server) authenticateClient(r *request) error {
+	id, plain, err := clientSecret(r)
+	if err != nil {
+		return err
+	}
+	var o secretOwner
+	if isID(id) && plain.wellFormed() {
+		if o, err = s.lookups.put(r.Context(), secretKey{id, plain.prefix()}).wait(); err != nil {
+			return err
+		}
+	}
+	right := s.vault.known(o.hash, plain)
+	if right && o.refusal() == nil {
+		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="warm"`)
+		r.caller = o.caller
+		return nil
+	}
+	address := addressKey(r.addr)
+	v := s.admit(r.Context(), address, "", 0)
+	if v.state == "limited" {
+		v.setHeaders(r.out)
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
+		return errAddressLimited
+	}
+	if !right && o.hash != "" && !o.ended {
+		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="cold"`)
+		if right, err = s.vault.compare(r.Context(), address, o.hash, plain); err != nil {
+			return err
+		}
+	}
+	if right && o.refusal() == nil {
+		if v.state == "admitted" {
+			s.redis.giveBack(r.Context(), fmt.Sprintf("rate:%s:%d", address, v.now/60000))
+		}
+		r.caller = o.caller
+		return nil
+	}
+	why := errBadClient
+	if right {
+		why = o.refusal()
+	}
+	return s.refused(r, newEvent(authFailed, id, facts{"reason": why.oauth}), why)
+}
+
+// clientSecret finds the one client_id and secret in a request.
+func clientSecret(r *request) (id string, plain secret, err error) {
+	id, plain = r.form.Get("client_id"), secret(r.form.Get("client_secret"))
+	header := r.Header.Get("Authorization")
+	if header == "" {
+		if plain == "" {
+			return "", "", errNoClient
+		}
+		return id, plain, nil
+	}
+	scheme, encoded, _ := strings.Cut(header, " ")
+	if plain != "" {
+		return "", "", errTwoMethods
+	}
+	if !strings.EqualFold(scheme, "Basic") {
+		return "", "", errNoClient
+	}
+	decoded, err := base64.StdEncoding.DecodeString(strings.TrimLeft(encoded, " "))
+	user, password, _ := strings.Cut(string(decoded), ":")
+	// Each half is form-encoded (RFC 6749, section 2.3.1). Ids and secrets
+	// have no character that clients which forget it would send differently.
+	user, userErr := url.QueryUnescape(user)
+	password, passwordErr := url.QueryUnescape(password)
+	if err != nil || userErr != nil || passwordErr != nil {
+		return "", "", errNoClient.because("After Basic there must be base64 of client_id:client_secret, each form-encoded.")
+	}
+	if id != "" && id != user {
+		return "", "", errTwoMethods.because("The client_id in the form is not that of the Authorization header.")
+	}
+	return user, secret(password), nil
+}
+
+// A secretKey is what a secret is looked up by.
+type secretKey struct{ clientID, prefix string }
+
+// A secretOwner is the client that a prefix belongs to.
+type secretOwner struct {
+	caller
+	hash, agentStatus string
+	ended             bool // revoked or expired, as all are of a decommissioned agent
+}
+
+// refusal says why the right secret isn't enough, or nil.
+func (o secretOwner) refusal() *problem {
+	switch {
+	case o.agentStatus == "decommissioned":
+		return errClientInactive.because("This agent is decommissioned, which is final.")
+	case o.ended:
+		return errBadClient
+	case o.agentStatus != "active":
+		return errClientInactive.because("This agent is " + o.agentStatus + ", until an operator sets its status to active.")
+	}
+	return nil
+}
+
+// loadSecretOwners looks up secrets that are shown at the same time. An owner is
+// zero where there is none.
+func loadSecretOwners(ctx context.Context, db querier, shown []secretKey) ([]secretOwner, error) {
+	prefixes, owners, found := make([]string, len(shown)), make([]secretOwner, len(shown)), map[secretKey]secretOwner{}
+	for i, key := range shown {
+		prefixes[i] = key.prefix
+	}
+	rows, _ := db.Query(ctx, `
+		select c.secret_prefix, c.client_id, c.credential_id, c.secret_id, c.secret_hash, c.expires_at, a.status, a.capabilities,
+			c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)
+		from credentials c
+		join agents a on a.agent_id = c.client_id
+		where c.secret_prefix = any($1)`, prefixes)
+	var o secretOwner
+	var prefix string
+	_, err := pgx.ForEachRow(rows, []any{&prefix, &o.AgentID, &o.CredentialID, &o.SecretID, &o.hash, &o.expiresAt,
+		&o.agentStatus, &o.scopes, &o.ended}, func() error {
+		found[secretKey{o.AgentID, prefix}] = o
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("loading credentials: %w", err)
+	}
+	for i, key := range shown {
+		owners[i] = found[key]
+	}
+	return owners, nil
+}

@@ -1,0 +1,84 @@
+package main
+
+import (
+	"strings"
+)
+
+// A problem is an error that the caller may read. This list is every one that
+// we send. One without an OAuth code must not reach a token endpoint.
+type problem struct {
+	status  int
+	code    string
+	oauth   string
+	message string // printable ASCII without quotes and backslashes (RFC 6749, section 5.2)
+	details map[string]any
+	scope   string // that was missing
+}
+
+func (p *problem) Error() string { return p.code + ": " + p.message }
+
+func (p problem) because(message string) *problem {
+	p.message = message
+	return &p
+}
+
+func (p problem) with(details map[string]any) *problem {
+	p.details = details
+	return &p
+}
+
+var (
+	errValidation = &problem{status: 400, code: "VALIDATION_ERROR", message: "The request has faults, which details names."}
+	errTwoMethods = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "This is authenticated twice. Send one Authorization header, or client_id and client_secret in the body."}
+	errForm       = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "The form has faults."}
+	errGrantType  = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_grant_type", message: "The grant_type must be client_credentials."}
+	errScope      = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_scope", message: "The scope has faults."}
+	errResource   = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_target", message: "A resource must be an absolute URI without a fragment."}
+	errNoRedirect = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_response_type", message: "There is no authorization endpoint here; agents use grant_type=client_credentials at POST /api/v1/token."}
+	errRetention  = &problem{status: 400, code: "RETENTION_WINDOW_EXCEEDED", message: "The audit log is not served that far back; details.oldest is the limit."}
+
+	errNoToken        = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The header Authorization: Bearer TOKEN is needed, with a token from POST /api/v1/token; not in the URL, and by no other scheme."}
+	errInvalidToken   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is revoked, or its credential or agent is."}
+	errNoClient       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "Client authentication is needed: HTTP Basic, or client_id and client_secret in the body; not in the URL, and by no other scheme."}
+	errBadClient      = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The client_id (an agentId) is unknown, or its client_secret (sk_live_ and 64 hex digits) is wrong, revoked or expired."}
+	errClientInactive = &problem{status: 403, code: "AGENT_NOT_ACTIVE", oauth: "unauthorized_client", message: "The agent is not active."}
+	errQuota          = &problem{status: 403, code: "FREE_TIER_LIMIT_EXCEEDED", oauth: "unauthorized_client", message: "The monthly quota is spent."}
+	errForbidden      = &problem{status: 403, code: "FORBIDDEN", oauth: "insufficient_scope", message: "The token does not allow this."}
+	errNotActive      = &problem{status: 403, code: "AGENT_NOT_ACTIVE", message: "The agent is not active."}
+	errAgentLimit     = &problem{status: 403, code: "FREE_TIER_LIMIT_EXCEEDED", message: "No more agents can be registered; decommission one first."}
+
+	errNotFound     = &problem{status: 404, code: "NOT_FOUND", oauth: "invalid_request", message: "There is nothing at this path; /openapi.yaml lists those that there are."}
+	errNoAgent      = &problem{status: 404, code: "AGENT_NOT_FOUND", message: "No agent has this id; ids are UUIDs in lower case."}
+	errNoCredential = &problem{status: 404, code: "CREDENTIAL_NOT_FOUND", message: "The agent has no credential of this id; ids are UUIDs in lower case."}
+	errNoEvent      = &problem{status: 404, code: "AUDIT_EVENT_NOT_FOUND", message: "No event has this id, a UUID in lower case, or it is older than what is served."}
+	errMethod       = &problem{status: 405, code: "METHOD_NOT_ALLOWED", oauth: "invalid_request", message: "The methods of this path are in the Allow header."}
+
+	errAgentExists       = &problem{status: 409, code: "AGENT_ALREADY_EXISTS", message: "An agent with this email is registered, if only as decommissioned: an email is never free again."}
+	errDecommissioned    = &problem{status: 409, code: "AGENT_ALREADY_DECOMMISSIONED", message: "The agent is decommissioned, which is final."}
+	errCredentialRevoked = &problem{status: 409, code: "CREDENTIAL_ALREADY_REVOKED", message: "The credential is revoked, which is final."}
+
+	errTooLarge       = &problem{status: 413, code: "PAYLOAD_TOO_LARGE", oauth: "invalid_request", message: "The body is longer than 16 kB."}
+	errMediaType      = &problem{status: 415, code: "UNSUPPORTED_MEDIA_TYPE", message: "The Content-Type must be application/json."}
+	errRateLimited    = &problem{status: 429, code: "RATE_LIMIT_EXCEEDED", oauth: "temporarily_unavailable", message: "Too many requests of this client; Retry-After says when to come back."}
+	errAddressLimited = &problem{status: 429, code: "RATE_LIMIT_EXCEEDED", oauth: "temporarily_unavailable", message: "Too many failed authentications from this address; Retry-After says when to come back."}
+
+	errInternal    = &problem{status: 500, code: "INTERNAL_SERVER_ERROR", oauth: "server_error", message: "Something went wrong here."}
+	errStopping    = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "This copy is stopping; use another."}
+	errBusy        = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "Too many requests at once; try again."}
+	errClock       = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "The clocks of this copy and of PostgreSQL are too far apart."}
+	errUnavailable = &problem{status: 503, code: "SERVICE_UNAVAILABLE", oauth: "temporarily_unavailable", message: "A store does not answer; nothing was acknowledged. Try again."}
+)
+
+// clip makes a piece of a request fit for an error message, which never repeats
+// a secret or a token.
+func clip(s string) string {
+	if strings.Contains(s, "sk_live_") || strings.Contains(s, "eyJ") {
+		return "[secret]"
+	}
+	return strings.Map(func(c rune) rune {
+		if c < ' ' || c > '~' || c == '\\' {
+			return '?'
+		}
+		return c
+	}, strings.ReplaceAll(s[:min(len(s), 100)], `"`, "'"))
+}
