@@ -59,10 +59,6 @@ fuzz: ## run each fuzz target for FUZZTIME=30s
 	@$(services) $(for_tests) sh -ec 'for f in $$($(GO) test -list ^Fuzz . | grep ^Fuzz); do \
 		$(call tied,TERM) $(go_test) -run ^- -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) .; done'
 
-cover: ## run all tests and say which functions they reach
-	@$(services) $(for_tests) $(go_test) -timeout 30m -coverprofile cover.out $(TESTFLAGS) ./...
-	@$(GO) tool cover -func cover.out
-
 lint: ## gofmt, go vet, staticcheck
 	@files=$$(gofmt -l .) && test -z "$$files" || { echo "gofmt would change: $$files" >&2; exit 1; }
 	@$(GO) vet ./...
@@ -92,4 +88,4 @@ gcc:
 	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
 	@command -v curl >/dev/null || ./with-services.sh --install curl
 
-.PHONY: help run test openapi promtool soak acceptance bench fuzz cover lint vuln build deployment gcc
+.PHONY: help run test openapi promtool soak acceptance bench fuzz lint vuln build deployment gcc

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -12,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // What the README promises to those who review the source, as tests.
@@ -264,74 +266,6 @@ func TestNoTestIsSkipped(t *testing.T) {
 	}
 }
 
-// publicRoutes are those that anybody may call. One more is a decision.
-var publicRoutes = []string{
-	"GET /api/v1/authorize", // which refuses everything
-	"GET /.well-known/jwks.json",
-	"GET /.well-known/oauth-authorization-server",
-	"GET /.well-known/oauth-protected-resource",
-	"GET /.well-known/openid-configuration",
-	"GET /health",
-	"GET /livez",
-	"GET /openapi.yaml",
-	"GET /readyz",
-}
-
-func TestEveryRouteAsksWhoCalls(t *testing.T) {
-	t.Parallel()
-	v := newService(t)
-	wildcard := regexp.MustCompile(`\{[^}]*\}`)
-	var found []string
-	for _, rt := range v.s.routes() {
-		method, path, _ := strings.Cut(rt.pattern, " ")
-		path = wildcard.ReplaceAllString(path, newID())
-		call := func(header ...string) answer {
-			t.Helper()
-			body := ""
-			if method == "POST" && strings.HasPrefix(path, "/api/v1/token") {
-				body = "grant_type=client_credentials&token=x"
-				header = append(header, "Content-Type", "application/x-www-form-urlencoded")
-			} else if method == "POST" || method == "PATCH" {
-				body = "{}"
-				header = append(header, "Content-Type", "application/json")
-			}
-			a := v.do(method, path, body, header...)
-			if rt.pattern == "GET /openapi.yaml" { // the one that is for no program of ours
-				if a.header.Get("Content-Type") != "application/yaml" || a.raw != string(openAPI) {
-					t.Errorf("%s answers %v, want the document", rt.pattern, a)
-				}
-				return a
-			}
-			if kind := a.header.Get("Content-Type"); kind != "application/json" || a.body == nil {
-				t.Errorf("%s answers %v as %q, want JSON", rt.pattern, a, kind)
-			}
-			return a
-		}
-		if slices.Contains(publicRoutes, rt.pattern) {
-			found = append(found, rt.pattern)
-			if a := call(); a.status == 401 {
-				t.Errorf("%s answers %v, want it public", rt.pattern, a)
-			}
-			continue
-		}
-		for _, header := range [][]string{
-			nil,
-			{"Authorization", "Bearer x"},
-			{"Authorization", "Basic eDp4"}, // x:x
-			{"Authorization", "Digest x"},
-		} {
-			if a := call(header...); a.status != 401 || a.header.Get("WWW-Authenticate") == "" {
-				t.Errorf("%s with %q answers %v and the challenge %q, want a 401 with one",
-					rt.pattern, header, a, a.header.Get("WWW-Authenticate"))
-			}
-		}
-		call("Authorization", "Bearer "+v.bearer) // is in JSON, too
-	}
-	if slices.Sort(found); !slices.Equal(found, slices.Sorted(slices.Values(publicRoutes))) {
-		t.Errorf("the public routes are %q, want %q", found, publicRoutes)
-	}
-}
-
 // readmeTable returns the rows of the tables below a heading of README.md, by
 // the names in backticks in their first cell. Cells have the names in the head
 // of their table, in lower case.
@@ -451,4 +385,37 @@ func TestReadmeHasEveryErrorCode(t *testing.T) {
 		t.Fatalf("found only the codes %v in the source", seen)
 	}
 	wantNames(t, "error code", readmeTable(t, "## Errors"), slices.Sorted(maps.Keys(seen)))
+}
+
+// The page that operators have says what the source says; test/ reads that page.
+func TestPageHasEveryTimeAndSize(t *testing.T) {
+	text, err := os.ReadFile("docs/devops/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n## Times and sizes\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	said := map[string]string{}
+	for _, row := range regexp.MustCompile("(?m)^\\| `([A-Za-z]+)` \\| ([^|]+) \\|").FindAllStringSubmatch(section, -1) {
+		said[row[1]] = row[2]
+	}
+	want := map[string]any{
+		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "drainTime": drainTime,
+		"wellFor": wellFor, "keepEvery": keepEvery, "clockTold": clockTold, "clockTrust": clockTrust,
+		"maxBodies": maxBodies, "maxBodiesOf": maxBodiesOf, "bodyTime": bodyTime, "bodyPace": bodyPace,
+		"maxBody": maxBody, "maxHeader": maxHeader, "maxInFlight": maxInFlight, "queueSize": queueSize,
+		"batchSize": batchSize, "memoSize": memoSize, "maxTokenTTL": maxTokenTTL, "clockSkew": clockSkew,
+	}
+	for name, value := range want {
+		if length, ok := value.(time.Duration); ok {
+			if d, err := time.ParseDuration(said[name]); err != nil || d != length {
+				t.Errorf("architecture.md says that %s is %q, want %v", name, said[name], value)
+			}
+		} else if said[name] != fmt.Sprint(value) {
+			t.Errorf("architecture.md says that %s is %q, want %v", name, said[name], value)
+		}
+	}
+	if len(said) != len(want) {
+		t.Errorf("architecture.md has %d times and sizes, want %d", len(said), len(want))
+	}
 }

@@ -71,7 +71,7 @@ create table if not exists token_revocations (
 );
 create index if not exists token_revocations_expires_at on token_revocations (expires_at);
 
--- The audit log: one gapless chain of hashes over all partitions (audit.go
+-- The audit log: one gapless chain of hashes over all partitions (chain.go
 -- says how it is computed). A unique key of a partitioned table must hold the
 -- partition key; that seq alone is unique, the chain proves.
 create table if not exists audit_events (

@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"bufio"
@@ -81,8 +81,6 @@ func newOrdeal(t *testing.T) *ordeal {
 	// refuses. The other only reads, and goes on with what it finds.
 	o.program = newProgram(t, o.postgres.url(), o.store.url(),
 		"RATE_LIMIT_PER_MINUTE", "1000000", "MONTHLY_TOKEN_LIMIT", "1000000000", "MAX_AGENTS", "100000")
-	o.s = &server{} // only to sign tokens
-	o.s.keys.Store(mustReadKeys(t, testKey(), ""))
 	o.copies = []*program{o.program, o.another("RATE_LIMIT_PER_MINUTE", "0", "MONTHLY_TOKEN_LIMIT", "0")}
 	o.prepare()
 	return o
@@ -736,7 +734,7 @@ func TestMoreRequestsThanMayWaitAreRefusedAtOnce(t *testing.T) {
 	if probes := <-probed; probes < 10 {
 		t.Errorf("keys and life were asked for only %d times", probes)
 	}
-	busy, waited := seen["503 "+errBusy.message], seen["503 "+errUnavailable.message]
+	busy, waited := seen["503 "+busyMessage], seen["503 "+unavailableMessage]
 	if busy+waited != n || waited > maxInFlight {
 		t.Errorf("of %d requests while PostgreSQL hangs, %v, want %d that waited and the others refused", n, seen, maxInFlight)
 	}
@@ -761,7 +759,7 @@ func TestMoreRequestsThanMayWaitAreRefusedAtOnce(t *testing.T) {
 	o.postgres.resume()
 	calm := throb(o.postgres.process, 100*time.Millisecond, 50*time.Millisecond)
 	for got := range newFlood(t, o.program, n).send(t, kinds) {
-		if got != "200" && got != "503 "+errBusy.message && got != "503 "+errUnavailable.message {
+		if got != "200" && got != "503 "+busyMessage && got != "503 "+unavailableMessage {
 			t.Errorf("while PostgreSQL comes back slow: %s, want 200 or 503", got)
 		}
 	}
@@ -796,8 +794,6 @@ func TestManyRequestsShareFewConnections(t *testing.T) {
 	o := &ordeal{postgres: newPostgres(t), store: newRedisServer(t)}
 	o.program = newProgram(t, o.postgres.url()+"&pool_max_conns=4", o.store.url(),
 		"RATE_LIMIT_PER_MINUTE", "1000000", "MONTHLY_TOKEN_LIMIT", "1000000000", "MAX_AGENTS", "100000")
-	o.s = &server{}
-	o.s.keys.Store(mustReadKeys(t, testKey(), ""))
 	const n = 500
 	id := o.newAgent("resumes:read")
 	victims := make([]string, n)

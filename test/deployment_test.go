@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"os"
@@ -29,12 +29,12 @@ func section(t *testing.T, name, from, to string) string {
 func wantSettings(t *testing.T, file string, names ...string) {
 	t.Helper()
 	for _, name := range names {
-		i := slices.IndexFunc(new(config).variables(), func(v variable) bool { return v.name == name || v.name+"_FILE" == name })
+		i := slices.IndexFunc(variables(t), func(v variable) bool { return v.name == name || v.name+"_FILE" == name })
 		if i < 0 || strings.HasSuffix(name, "_FILE") && i >= 4 {
 			t.Errorf("%s sets %s, which the program does not read", file, name)
 		}
 	}
-	for _, v := range new(config).variables() {
+	for _, v := range variables(t) {
 		if v.preset == "*" && !slices.Contains(names, v.name) && !slices.Contains(names, v.name+"_FILE") {
 			t.Errorf("%s lacks %s", file, v.name)
 		}

@@ -1,9 +1,8 @@
-package main
+package test
 
 import (
 	"bufio"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,8 +10,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/http/httptest"
-	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
@@ -22,7 +19,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-	"unicode/utf8"
 )
 
 // What a stranger may send. All of it goes to the real program, so that every
@@ -148,7 +144,7 @@ func (p *program) goodMessage(rt route, at target) message {
 			m.body = `{"owner":"team"}`
 		}
 	}
-	if rt.form == oauth && method == "POST" {
+	if rt.oauth && method == "POST" {
 		m.add("Content-Type", formType)
 		m.body = "grant_type=client_credentials&token=x"
 	}
@@ -344,6 +340,11 @@ var ourHeaders = strings.Fields(`Access-Control-Allow-Headers Access-Control-All
 
 var describes = regexp.MustCompile(`^[\x20-\x21\x23-\x5b\x5d-\x7e]+$`) // RFC 6749, section 5.2
 
+// isOpenAPI tells of the one answer that is no JSON.
+func isOpenAPI(a answer) bool {
+	return strings.HasPrefix(a.raw, "openapi: ") && a.header.Get("Content-Type") == "application/yaml"
+}
+
 // faultOf says what is wrong with an answer of ours, or "".
 func faultOf(a answer, method string) string {
 	for name := range a.header {
@@ -355,7 +356,7 @@ func faultOf(a answer, method string) string {
 	var object map[string]any
 	err := d.Decode(&object)
 	switch {
-	case a.status == 200 && a.raw == string(openAPI): // the one answer that is no JSON
+	case a.status == 200 && isOpenAPI(a): // the one answer that is no JSON
 		return ""
 	case a.status >= 500:
 		return "is a fault of ours"
@@ -400,7 +401,7 @@ var mayShow = map[string]string{
 
 // leakOf is a secret in an answer that should have none, or "".
 func leakOf(rt route, a answer, canary string) string {
-	if a.raw == string(openAPI) { // whose examples have tokens, of which half is left out
+	if isOpenAPI(a) { // whose examples have tokens, of which half is left out
 		return ""
 	}
 	text := a.raw + fmt.Sprint(a.header)
@@ -500,7 +501,7 @@ func TestHostileInputIsAnsweredAndHarmsNothing(t *testing.T) {
 		}
 		state = after
 	}
-	for _, rt := range (&server{}).routes() {
+	for _, rt := range routes(t) {
 		for _, place := range p.places(rt) {
 			n := share
 			if deepPlace.MatchString(place.name) {
@@ -751,39 +752,6 @@ func (v *service) serves() {
 	}
 }
 
-// A reader who doesn't read must not hold a connection, or an answer, for ever.
-func TestSlowReaderIsCut(t *testing.T) {
-	t.Parallel()
-	v := newService(t)
-	const faster = 20 // as in TestDribblingRequestIsCut
-	web := v.s.web()
-	web.WriteTimeout /= faster
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	go web.Serve(listener)
-	defer web.Close()
-	v.url = "http://" + listener.Addr().String()
-	conn := v.dial()
-	defer conn.Close()
-	conn.(*net.TCPConn).SetReadBuffer(4096)
-	var unknown strings.Builder // each is complained of, which makes a long answer
-	for i := range 900 {
-		fmt.Fprintf(&unknown, "&a%d", i)
-	}
-	request := "GET /api/v1/audit?" + unknown.String() + " HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + v.bearer + "\r\n\r\n"
-	begun := time.Now()
-	for { // it is asked for more until it takes no more, and then it has to end
-		if _, err := io.WriteString(conn, request); err != nil {
-			if timeout, ok := err.(net.Error); ok && timeout.Timeout() {
-				t.Errorf("a reader who reads nothing still has its connection after %s", time.Since(begun))
-			}
-			return
-		}
-	}
-}
-
 // Wrong secrets that get as far as bcrypt take its slot from each other, and
 // not the time of those whose secret is known. The multiple is generous: on two
 // cores, one of which bcrypt has. Without the slots introspection ends in 503.
@@ -956,202 +924,4 @@ func TestBruteForceIsStoppedAndItsAimUntouched(t *testing.T) {
 			}
 		}
 	}
-}
-
-// A query of a list is refused, or means one thing that PostgreSQL can take.
-func FuzzQuery(f *testing.F) {
-	for _, seed := range []string{
-		"", "page=1&limit=20", "page=101&limit=100", "page=01", "page=+1", "page=1&page=1", "owner=%00", "owner=%ff", "owner=%zz", "owner=a;b",
-		"Owner=a", "=", "&&", "owner", "owner=é&%6fwner=b", "limit=9223372036854775808", "\x00=\xff", "page=%31",
-		"fromDate=2026-03-28&toDate=9999-12-31T23:59:59-23:59", "fromDate=0000-01-01T00:00:00Z",
-	} {
-		f.Add(seed)
-	}
-	names := []string{"page", "limit", "owner", "fromDate", "toDate"}
-	f.Fuzz(func(t *testing.T, raw string) {
-		in := readQuery(&request{Request: &http.Request{URL: &url.URL{RawQuery: raw}}})
-		part, owner := in.span(), take(in, "owner", owner)
-		from, to := take(in, "fromDate", date(0)), take(in, "toDate", date(24*time.Hour))
-		err := in.problem()
-		for name := range in.faults {
-			if clip(name) != name {
-				t.Errorf("%q is refused with the detail %q, want printable ASCII", raw, name)
-			}
-		}
-		if part.page < 1 || part.limit < 1 || part.limit > 100 || part.page*part.limit > countedTo && in.faults["page"] == nil {
-			t.Errorf("%q asks for page %d of %d", raw, part.page, part.limit)
-		}
-		for _, date := range []*time.Time{from, to} {
-			if date != nil && (date.UTC().Year() < 1969 || date.UTC().Year() > 10000) {
-				t.Errorf("%q asks for %s", raw, date)
-			}
-		}
-		if err != nil {
-			return
-		}
-		values, err := url.ParseQuery(raw)
-		if err != nil {
-			t.Errorf("%q was read, and means nothing: %v", raw, err)
-		}
-		for name, list := range values {
-			if len(list) != 1 || !slices.Contains(names, name) {
-				t.Errorf("%q has %q=%q in it", raw, name, list)
-			}
-		}
-		if (owner != nil) != values.Has("owner") || owner != nil && (*owner != values.Get("owner") || !utf8.ValidString(*owner) || strings.Contains(*owner, "\x00")) {
-			t.Errorf("%q was read as the owner %v", raw, owner)
-		}
-	})
-}
-
-// A cursor is one that we have sent, byte for byte, or none.
-func FuzzCursor(f *testing.F) {
-	s := &server{}
-	s.keys.Store(mustReadKeys(f, testKey(), ""))
-	good, err := s.keys.Load().sign(auditCursor, cursor{7, 8})
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(uint8(0), uint8(0), "")
-	f.Add(uint8(10), uint8(1), "A")
-	f.Add(uint8(0), uint8(255), good+"\n")
-	f.Add(uint8(0), uint8(255), "AAAAAAAAAAE")
-	f.Add(uint8(0), uint8(11), "__________8")
-	f.Fuzz(func(t *testing.T, from, length uint8, text string) {
-		start := int(from) % (len(good) + 1)
-		signed := good[:start] + text + good[min(start+int(length), len(good)):]
-		want := cursor{}
-		if signed == good {
-			want = cursor{7, 8}
-		}
-		if got, err := s.openCursor(signed); got != want || (err == nil) != (signed == good) {
-			t.Errorf("openCursor(%q) = %v, %v, want %v", signed, got, err, want)
-		}
-	})
-}
-
-// Whatever a client forges, its address is the one that the last trusted proxy
-// saw, and its key that of its host.
-func FuzzForwardedAddress(f *testing.F) {
-	trusted, err := parseNetworks("10.0.0.0/8,2001:db8:ffff::/48")
-	if err != nil {
-		f.Fatal(err)
-	}
-	for _, forged := range []string{"", ",", "203.0.113.7", "10.0.0.1, 10.0.0.2", "::ffff:10.0.0.1", "fe80::1%eth0", "[::1]:1", "\x00", "010.0.0.1", "2001:db8:ffff::1%x", "1"} {
-		f.Add(forged, uint64(0), uint64(1))
-		f.Add(forged, uint64(0x20010db800010002), uint64(0x0000ffff0a000001))
-		f.Add(forged, uint64(0), uint64(0xffff0a000001))
-	}
-	f.Fuzz(func(t *testing.T, forged string, network, host uint64) {
-		var b [16]byte
-		binary.BigEndian.PutUint64(b[:8], network)
-		binary.BigEndian.PutUint64(b[8:], host)
-		client := netip.AddrFrom16(b).Unmap()
-		from := func(peer netip.Addr, forwarded ...string) netip.Addr {
-			return clientAddress(&http.Request{RemoteAddr: netip.AddrPortFrom(peer, 1).String(), Header: http.Header{"X-Forwarded-For": forwarded}}, trusted)
-		}
-		isTrusted := slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(client) })
-		proxy := netip.MustParseAddr("::ffff:10.1.2.3")
-		for _, got := range []netip.Addr{from(client, forged), from(proxy, forged, client.String()), from(proxy, forged+","+client.String()+" , 10.9.9.9")} {
-			if !isTrusted && got != client {
-				t.Errorf("%s that forges %q counts as %s", client, forged, got)
-			}
-		}
-		got := from(proxy, forged)
-		if again, err := netip.ParseAddr(got.String()); err != nil || again != got || got.Zone() != "" || got.Is4In6() {
-			t.Errorf("%q counts as %q, want an address in its one spelling", forged, got)
-		}
-		b[15]++ // another address of the same host, or of its neighbour
-		next := netip.AddrFrom16(b).Unmap()
-		if same := addressKey(client) == addressKey(next); same != (client.Is6() && next.Is6()) {
-			t.Errorf("%s and %s are counted as one: %v", client, next, same)
-		}
-		if key := addressKey(got); strings.Trim(key[3:], "0123456789abcdef.:") != "" {
-			t.Errorf("%q is counted under %q", forged, key)
-		}
-	})
-}
-
-// A stranger gets an answer of ours for any method, path and header that
-// net/http lets through, and nothing but what is public.
-func FuzzFront(f *testing.F) {
-	s := &server{vault: newVault(), redis: &cache{}, meter: newMeter(), cfg: config{issuer: testIssuer, corsOrigin: hostileOrigin}}
-	s.keys.Store(mustReadKeys(f, testKey(), ""))
-	s.clock.Store(&reading{time.Now(), time.Now()})
-	for _, rt := range s.routes() {
-		method, path, _ := strings.Cut(rt.pattern, " ")
-		f.Add(method, path, "x", "", "")
-		f.Add("OPTIONS", path, "Origin", hostileOrigin, "{}")
-	}
-	for _, path := range []string{"*", "", "//", "/..", "/api/v1//token", "/api/v1/token/", "/%2e%2e/health", "http://x/health", "http://x//health", "/health?%zz", "/a;b", "/api/v1/token%00"} {
-		f.Add("POST", path, "Authorization", "Bearer x", "token=x")
-		f.Add("GET", path, "Authorization", "Basic eDp4", "")
-	}
-	f.Add("POST", "/api/v1/token", "Content-Type", formType, "client_id=x&client_secret=y")
-	f.Add("CONNECT", "x:1", "Expect", "100-continue", "")
-	front := s.front(s.routes())
-	f.Fuzz(func(t *testing.T, method, path, name, value, body string) {
-		text := message{method: method, path: path, version: "HTTP/1.1", header: []string{"Host: x", name + ": " + value}, body: body, length: true}.String()
-		in, err := http.ReadRequest(bufio.NewReader(strings.NewReader(text)))
-		if err != nil {
-			return
-		}
-		if in.Method == "POST" && in.Form == nil && strings.EqualFold(name, "Content-Type") {
-			in.Header.Set("Authorization", "Digest x") // a client's secret would need the stores
-		}
-		in.RemoteAddr = "192.0.2.1:1"
-		out := httptest.NewRecorder()
-		front.ServeHTTP(out, in)
-		a := answer{status: out.Code, header: out.Header(), raw: out.Body.String()}
-		_ = json.Unmarshal(out.Body.Bytes(), &a.body)
-		public := slices.Contains(publicRoutes, "GET "+in.URL.Path) && (in.Method == "GET" || in.Method == "HEAD")
-		if in.Method == "HEAD" {
-			a.raw = "" // which net/http sees to
-		}
-		if fault := faultOf(a, in.Method); fault != "" && !(a.status == 503 && public) { // there is no PostgreSQL, and /health says so
-			t.Errorf("%q = %v %s", text, a, fault)
-		}
-		if a.status < 300 && !public && a.status != 204 {
-			t.Errorf("%q = %v, want a refusal", text, a)
-		}
-	})
-}
-
-// What Basic has is what was put in, and nothing else gets an id and a secret
-// out of a header.
-func FuzzBasic(f *testing.F) {
-	for _, seed := range []string{"", "Basic", "Basic ", "Basic =", "basic  eDp4", "Basic eA==", "Basic Og==", "Basic eDp4\n", "Basic eDp%4", "Bearer eDp4", "Basic\teDp4"} {
-		f.Add(seed, "id", newSecret().reveal(), "")
-		f.Add(seed, "id:x", "%", "client_id=id&client_secret=x")
-		f.Add(seed, "\x00", ":+ é", "client_id=other")
-	}
-	f.Fuzz(func(t *testing.T, header, id, plain, form string) {
-		ask := func(header string, form url.Values) (string, secret, error) {
-			r := &request{Request: &http.Request{Header: http.Header{"Authorization": {header}}}, form: form}
-			gotID, got, err := clientSecret(r)
-			if p, ok := errors.AsType[*problem](err); err != nil && (!ok || p.status != 400 && p.status != 401 || p.oauth == "" || gotID+got.reveal() != "") {
-				t.Errorf("clientSecret of %q and %q = %v, want a problem of a token endpoint alone", header, form, err)
-			}
-			return gotID, got, err
-		}
-		encoded := "Basic " + base64.StdEncoding.EncodeToString([]byte(url.QueryEscape(id)+":"+url.QueryEscape(plain)))
-		if gotID, got, err := ask(encoded, nil); err != nil || gotID != id || got.reveal() != plain {
-			t.Errorf("clientSecret of %q and %q in Basic = %q, %q, %v", id, plain, gotID, got.reveal(), err)
-		}
-		values, _ := url.ParseQuery(form)
-		gotID, got, err := ask(header, values)
-		switch formID, formSecret := values.Get("client_id"), values.Get("client_secret"); {
-		case header != "" && formSecret != "" && err == nil:
-			t.Errorf("clientSecret of %q beside a secret in the form = %q, want it refused", header, gotID)
-		case header != "" && formID != "" && gotID != "" && gotID != formID:
-			t.Errorf("clientSecret of %q beside the client_id %q = %q", header, formID, gotID)
-		case header == "" && err == nil && (gotID != formID || got.reveal() != formSecret):
-			t.Errorf("clientSecret of %q = %q, %q", form, gotID, got.reveal())
-		case header != "" && err == nil && got != "" && !strings.EqualFold(header[:min(6, len(header))], "basic "):
-			t.Errorf("clientSecret of %q = %q", header, gotID)
-		}
-		if text := fmt.Sprintf("%v %s %q %x %#v", got, got, got, got, got); strings.Count(text, "[secret]") != 5 {
-			t.Errorf("a secret prints as %q", text)
-		}
-	})
 }

@@ -1,10 +1,11 @@
-package main
+package test
 
 import (
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -314,8 +315,7 @@ func (r *redisServer) start() {
 	}
 }
 
-// A program is a copy of the service as operators run it. Its service has no
-// server (s): it is spoken to over HTTP alone.
+// A program is a service whose process a test stops and starts.
 type program struct {
 	*service
 	*process
@@ -323,14 +323,21 @@ type program struct {
 	ready time.Duration // from its start until it serves
 }
 
-var builtProgram = sync.OnceValues(func() (string, error) {
-	path := filepath.Join(testFolder, "agentidp")
-	out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput()
-	if err != nil {
-		err = fmt.Errorf("%w: %s", err, out)
-	}
-	return path, err
-})
+var (
+	builtProgram   = build("agentidp")
+	watchedProgram = build("watched", "-race")
+)
+
+func build(name string, flags ...string) func() (string, error) {
+	return sync.OnceValues(func() (string, error) {
+		path := filepath.Join(testFolder, name)
+		out, err := exec.Command("go", append(append([]string{"build", "-o", path}, flags...), ".")...).CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("%w: %s", err, out)
+		}
+		return path, err
+	})
+}
 
 // programEnv are the variables of a program that has no limits.
 func programEnv(database, redis string, env ...string) map[string]string {
@@ -349,24 +356,31 @@ func programEnv(database, redis string, env ...string) map[string]string {
 // gets a token. Env are pairs of variables beyond those of programEnv.
 func newProgram(t testing.TB, database, redisURL string, env ...string) *program {
 	t.Helper()
-	p := &program{service: &service{t: t, env: programEnv(database, redisURL, env...)}}
+	return (&service{t: t, env: programEnv(database, redisURL, env...)}).launch(database, redisURL)
+}
+
+// launch connects the test to the stores, registers the first agent, starts the
+// program and gets a token.
+func (v *service) launch(database, redisURL string) *program {
+	v.t.Helper()
 	var err error
-	if p.db, err = pgxpool.New(context.Background(), database); err != nil {
-		t.Fatal(err)
+	if v.db, err = pgxpool.New(context.Background(), database); err != nil {
+		v.t.Fatal(err)
 	}
-	t.Cleanup(p.db.Close)
+	v.t.Cleanup(v.db.Close)
 	options, err := redis.ParseURL(redisURL)
 	if err != nil {
-		t.Fatal(err)
+		v.t.Fatal(err)
 	}
-	p.rdb = redis.NewClient(options)
-	t.Cleanup(func() { p.rdb.Close() })
+	v.rdb = redis.NewClient(options)
+	v.t.Cleanup(func() { v.rdb.Close() })
+	p := &program{service: v}
 	out := p.command("bootstrap", "first@example.com")
-	if _, err := fmt.Sscanf(out, "client_id: %s\nclient_secret: %s\n", &p.id, &p.secret); err != nil {
-		t.Fatalf("bootstrap printed %q: %v", out, err)
+	if _, err := fmt.Sscanf(out, "client_id: %s\nclient_secret: %s\n", &v.id, &v.secret); err != nil {
+		v.t.Fatalf("bootstrap printed %q: %v", out, err)
 	}
 	p.start()
-	p.bearer = p.token(p.id, p.secret, "")
+	v.bearer = v.token(v.id, v.secret, "")
 	return p
 }
 
@@ -428,7 +442,18 @@ func (p *program) start() {
 			}
 		})
 	}
+	if p.env["ISSUER"] == "" { // its own address, which it has to know before
+		p.env["PORT"] = steadyPort(p.t)
+		p.env["ISSUER"] = "http://127.0.0.1:" + p.env["PORT"]
+	}
 	cmd := p.build()
+	if p.watched {
+		path, err := watchedProgram()
+		if err != nil {
+			p.t.Fatal(err)
+		}
+		cmd.Path, p.log.also = path, testLog
+	}
 	cmd.Stderr = p.log
 	begun := time.Now()
 	p.process = startProcess(p.t, cmd, syscall.SIGKILL)
@@ -447,6 +472,7 @@ func (p *program) start() {
 // A programLog is what a program writes to its standard error.
 type programLog struct {
 	logBuffer
+	also    io.Writer   // nil is nowhere
 	serving chan string // gets the address once the program serves
 }
 
@@ -454,6 +480,9 @@ var servingLine = regexp.MustCompile(`"msg":"serving".*"address":"([^"]+)"`)
 
 func (l *programLog) Write(p []byte) (int, error) {
 	n, err := l.logBuffer.Write(p)
+	if l.also != nil {
+		l.also.Write(p)
+	}
 	if line := servingLine.FindSubmatch(p); line != nil {
 		l.serving <- string(line[1])
 	}

@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"bytes"
@@ -304,10 +304,10 @@ func TestServiceStartsOnlyOnTheSchemaThatMigrateApplied(t *testing.T) {
 	}
 
 	right := es.comment()
-	if want := fmt.Sprintf("schema %d", schemaVersion); right != want {
+	if want := fmt.Sprintf("schema %d", schemaVersion(t)); right != want {
 		t.Fatalf("the comment is %q, want %q", right, want)
 	}
-	wrong := fmt.Sprintf("schema %d", schemaVersion-1)
+	wrong := fmt.Sprintf("schema %d", schemaVersion(t)-1)
 	for _, row := range []struct {
 		name, comment string
 		why           string // "": it starts
@@ -781,7 +781,7 @@ func TestEveryAttackOnTheLogIsRefusedOrNamed(t *testing.T) {
 	p.db.Close() // a database is copied while nobody is in it
 	comment := es.comment()
 	fill := strings.NewReplacer("{off}", triggersOff, "{part}", part, "{bounds}", bounds, "{comment}", comment,
-		"{schema}", schema+`comment on table audit_events is '`+comment+`'`)
+		"{schema}", schema(t)+`comment on table audit_events is '`+comment+`'`)
 
 	for i, role := range []string{theService, theOwner, theSuperuser} {
 		t.Run(role, func(t *testing.T) {

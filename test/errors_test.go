@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"net/url"
@@ -17,10 +17,7 @@ func TestErrorsTeach(t *testing.T) {
 	elsewhere := v.want(v.form(v.id, v.secret, "", "grant_type=client_credentials&resource=https://resumes.example.com"), 200, "").text("access_token")
 	revoked := v.token(v.id, v.secret, "")
 	v.want(v.form(v.id, v.secret, "/revoke", "token="+revoked), 200, "")
-	expired, err := v.s.keys.Load().sign(accessToken, claims{Issuer: v.url, Subject: id, Audience: audience{v.url}, ClientID: id, Expires: time.Now().Unix() - 1})
-	if err != nil {
-		t.Fatal(err)
-	}
+	expired := v.sign(claims{Issuer: v.url, Subject: id, Audience: audience{v.url}, ClientID: id, Expires: time.Now().Unix() - 1})
 	suspended, unused := v.quickClient("resumes:read")
 	v.want(v.api(v.bearer, "PATCH", "/agents/"+suspended, `{"status":"suspended"}`), 200, "")
 

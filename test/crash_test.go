@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"bufio"
@@ -537,7 +537,7 @@ func (l *load) checkRows() {
 					select status, secret_prefix
 					from credentials
 					where credential_id = $1 and client_id = $2`, c.id, s.id).Scan(&status, &prefix)
-				if err != nil || c.revoked && status != "revoked" || c.secret != "" && prefix != secret(c.secret).prefix() {
+				if err != nil || c.revoked && status != "revoked" || c.secret != "" && prefix != c.secret[8:24] {
 					l.t.Errorf("a credential is stored as %s, %s (%v), want revoked: %v", status, prefix, err, c.revoked)
 				}
 			}

@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"bytes"
@@ -162,19 +162,20 @@ func operations(document string) (map[string]documented, error) {
 }
 
 func TestOpenAPIHasEveryRoute(t *testing.T) {
-	ops, err := operations(string(openAPI))
+	ops, err := operations(openAPI(t))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, rt := range (&server{}).routes() {
-		op, ok := ops[rt.pattern]
-		delete(ops, rt.pattern)
-		want := documented{fmt.Sprint(rt.success), slices.Contains(publicRoutes, rt.pattern)}
-		if rt.pattern == "GET /api/v1/authorize" { // which never succeeds
+	rows := regexp.MustCompile(`(?m)^\t\t\{"([A-Z]+ /[^"]*)", ([0-9]+), (public|s\.[a-z].*?), .*\},`).FindAllStringSubmatch(readFile(t, "main.go"), -1)
+	for _, row := range rows {
+		pattern, want := row[1], documented{row[2], row[3] == "public"}
+		op, ok := ops[pattern]
+		delete(ops, pattern)
+		if pattern == "GET /api/v1/authorize" { // which never succeeds
 			want.success = "400"
 		}
-		if !ok || op != want {
-			t.Errorf("openapi.yaml has %s: %v, as %+v, want %+v", rt.pattern, ok, op, want)
+		if !ok || op != want || want.public != slices.Contains(publicRoutes, pattern) {
+			t.Errorf("openapi.yaml has %s: %v, as %+v, want %+v", pattern, ok, op, want)
 		}
 	}
 	for pattern := range ops {
@@ -229,11 +230,11 @@ func TestEveryRouteRefusesInOneWay(t *testing.T) {
 	}
 	v.want(v.do("POST", "/api/v1/tokens", ""), 404, "invalid_request")
 	big := bytes.Repeat([]byte("x"), 70<<10)
-	for _, rt := range v.s.routes() {
+	for _, rt := range routes(t) {
 		method, path, _ := strings.Cut(rt.pattern, " ")
 		path = strings.NewReplacer("{agentId}", v.id, "{credentialId}", newID(), "{eventId}", newID()).Replace(path)
 		kind, body := "application/json", "{}"
-		if rt.form == oauth {
+		if rt.oauth {
 			kind, body = formType, "grant_type=client_credentials&token=x"
 		}
 		if method == "GET" || method == "DELETE" {
@@ -251,10 +252,10 @@ func TestEveryRouteRefusesInOneWay(t *testing.T) {
 			continue
 		}
 		call(v, 401, body, "Content-Type", kind)
-		if rt.form == oauth {
+		if rt.oauth {
 			basic := []string{"Content-Type", kind, "Authorization", basicAuth(v.id, v.secret)}
 			call(v, 413, string(big), basic...)
-			if rt.records == tokenRevoked { // who shows its secret can always revoke
+			if path == "/api/v1/token/revoke" { // who shows its secret can always revoke
 				call(limited, 429, body, bearer...)
 			} else {
 				call(limited, 429, body, basic...)
@@ -264,9 +265,77 @@ func TestEveryRouteRefusesInOneWay(t *testing.T) {
 			call(v, 403, body, "Authorization", "Bearer "+weak, "Content-Type", kind)
 			call(limited, 429, body, bearer...)
 		}
-		if rt.form == rest && body != "" {
+		if !rt.oauth && body != "" {
 			call(v, 413, string(big), bearer...)
 			call(v, 415, body, "Authorization", "Bearer "+v.bearer, "Content-Type", "text/plain")
 		}
+	}
+}
+
+// publicRoutes are those that anybody may call. One more is a decision.
+var publicRoutes = []string{
+	"GET /api/v1/authorize", // which refuses everything
+	"GET /.well-known/jwks.json",
+	"GET /.well-known/oauth-authorization-server",
+	"GET /.well-known/oauth-protected-resource",
+	"GET /.well-known/openid-configuration",
+	"GET /health",
+	"GET /livez",
+	"GET /openapi.yaml",
+	"GET /readyz",
+}
+
+func TestEveryRouteAsksWhoCalls(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	wildcard := regexp.MustCompile(`\{[^}]*\}`)
+	var found []string
+	for _, rt := range routes(t) {
+		method, path, _ := strings.Cut(rt.pattern, " ")
+		path = wildcard.ReplaceAllString(path, newID())
+		call := func(header ...string) answer {
+			t.Helper()
+			body := ""
+			if method == "POST" && strings.HasPrefix(path, "/api/v1/token") {
+				body = "grant_type=client_credentials&token=x"
+				header = append(header, "Content-Type", "application/x-www-form-urlencoded")
+			} else if method == "POST" || method == "PATCH" {
+				body = "{}"
+				header = append(header, "Content-Type", "application/json")
+			}
+			a := v.do(method, path, body, header...)
+			if rt.pattern == "GET /openapi.yaml" { // the one that is for no program of ours
+				if a.header.Get("Content-Type") != "application/yaml" || a.raw != openAPI(t) {
+					t.Errorf("%s answers %v, want the document", rt.pattern, a)
+				}
+				return a
+			}
+			if kind := a.header.Get("Content-Type"); kind != "application/json" || a.body == nil {
+				t.Errorf("%s answers %v as %q, want JSON", rt.pattern, a, kind)
+			}
+			return a
+		}
+		if slices.Contains(publicRoutes, rt.pattern) {
+			found = append(found, rt.pattern)
+			if a := call(); a.status == 401 {
+				t.Errorf("%s answers %v, want it public", rt.pattern, a)
+			}
+			continue
+		}
+		for _, header := range [][]string{
+			nil,
+			{"Authorization", "Bearer x"},
+			{"Authorization", "Basic eDp4"}, // x:x
+			{"Authorization", "Digest x"},
+		} {
+			if a := call(header...); a.status != 401 || a.header.Get("WWW-Authenticate") == "" {
+				t.Errorf("%s with %q answers %v and the challenge %q, want a 401 with one",
+					rt.pattern, header, a, a.header.Get("WWW-Authenticate"))
+			}
+		}
+		call("Authorization", "Bearer "+v.bearer) // is in JSON, too
+	}
+	if slices.Sort(found); !slices.Equal(found, slices.Sorted(slices.Values(publicRoutes))) {
+		t.Errorf("the public routes are %q, want %q", found, publicRoutes)
 	}
 }

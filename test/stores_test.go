@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"bytes"
@@ -169,56 +169,6 @@ func TestServiceMayNotMakeTemporaryTables(t *testing.T) {
 	}
 }
 
-// Where a session of ours has temporary tables of our names all the same, as
-// one that a pooler has given to somebody else before, the real ones are meant.
-func TestTemporaryTablesDivertNothing(t *testing.T) {
-	t.Parallel()
-	v := newService(t)
-	names := []string{"agents", "credentials", "token_revocations", "audit_events"}
-	each := func(held []*pgxpool.Conn, do func(conn *pgxpool.Conn, name string)) {
-		for _, conn := range held {
-			for _, name := range names {
-				do(conn, name)
-			}
-		}
-		for _, conn := range held {
-			conn.Release()
-		}
-	}
-	for _, db := range []*pgxpool.Pool{v.s.db, v.s.inner} {
-		var held []*pgxpool.Conn
-		for range db.Config().MaxConns {
-			conn, err := db.Acquire(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			held = append(held, conn)
-		}
-		each(held, func(conn *pgxpool.Conn, name string) {
-			if _, err := conn.Exec(t.Context(), `create temporary table `+name+` (like public.`+name+` including all)`); err != nil {
-				t.Fatal(err)
-			}
-		})
-	}
-	v.everything(t)
-	v.everything(t)
-	still := 0
-	for _, db := range []*pgxpool.Pool{v.s.db, v.s.inner} {
-		each(db.AcquireAllIdle(t.Context()), func(conn *pgxpool.Conn, name string) {
-			rows := 0
-			err := conn.QueryRow(t.Context(), `select count(*) from pg_temp.`+name).Scan(&rows)
-			if rows != 0 || err != nil && !strings.Contains(err.Error(), "does not exist") {
-				t.Errorf("a temporary table %s has %d rows, %v, want none", name, rows, err)
-			} else if err == nil {
-				still++
-			}
-		})
-	}
-	if still < 2*len(names) {
-		t.Errorf("to the end sessions of ours have %d temporary tables, want those of two at least", still)
-	}
-}
-
 // shiftedProgram is the program on a machine whose clock is off by as many
 // seconds as CLOCK_SHIFT says: each reading of it in our files is another. What
 // measures durations stays as it is, as it does where a clock is set.
@@ -380,18 +330,12 @@ func TestClocksHoursApartLoseNoRevocation(t *testing.T) {
 	p := newProgram(t, newPostgres(t).url(), newRedisServer(t).url(), "TOKEN_TTL", "10m")
 	id, secret := p.newClient("resumes:read")
 	credentialID, other := p.newCredential(id)
-	p.s = &server{} // only to sign tokens
-	p.s.keys.Store(mustReadKeys(t, testKey(), ""))
 	secretID, now := p.secretOf(id, credentialID), time.Now()
 	mint := func(issued, expires time.Duration) string {
-		token, err := p.s.keys.Load().sign(accessToken, claims{
+		return p.sign(claims{
 			Issuer: p.env["ISSUER"], Subject: id, Audience: audience{p.env["ISSUER"]}, ClientID: id, Scope: "resumes:read", ID: newID(),
 			IssuedAt: now.Add(issued).Unix(), Expires: now.Add(expires).Unix(), CredentialID: credentialID, SecretID: secretID,
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return token
 	}
 	row := func(token string) int {
 		return p.count(`select count(*) from token_revocations where jti = $1`, readClaims(t, token).ID)
@@ -639,53 +583,6 @@ func TestReadinessFollowsWhatRequestsMeet(t *testing.T) {
 	}
 }
 
-// Wherever in a probe its connection ends, that is an error and nothing worse:
-// the keeper's panic would be the program's.
-func TestProbeWhoseConnectionEndsFails(t *testing.T) {
-	t.Parallel()
-	env := programEnv(newDatabase(t), newRedis(t))
-	between := proxyDatabase(t, env)
-	cfg, err := loadConfig(lookup(env))
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := open(t.Context(), cfg, false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.close()
-	var ended atomic.Bool
-	ended.Store(true)
-	for n := 1; ended.Load(); n++ { // until it has no more messages
-		if err := s.readClock(t.Context()); err != nil { // so that there is a connection
-			t.Fatal(err)
-		}
-		ended.Store(false)
-		s.postgres.beat(errors.New("not well"))
-		between.before(n, func() {
-			ended.Store(true)
-			for conn := range between.conns {
-				conn.Close()
-			}
-		})
-		func() {
-			defer func() {
-				if p := recover(); p != nil {
-					t.Errorf("a connection that ends before message %d of a probe: panic: %v", n, p)
-				}
-			}()
-			if err := s.probe(t.Context()); (err != nil) != ended.Load() {
-				t.Errorf("a connection that ends before message %d of a probe (%v) = %v", n, ended.Load(), err)
-			}
-		}()
-		between.before(0, nil)
-		s.inner.Reset()
-		if n > 20 {
-			t.Fatal("a probe has no end")
-		}
-	}
-}
-
 // A disk of a PostgreSQL of the test's own is full. To mount one takes a right
 // that not everybody has; without it, the log that refuses events stands in.
 func TestFullDiskIsNotReady(t *testing.T) {
@@ -854,7 +751,7 @@ const oldGrants = `
 func TestDatabaseOf010IsUpgraded(t *testing.T) {
 	t.Parallel()
 	es := newEstate(t)
-	old, err := os.ReadFile("testdata/schema-0.1.0.sql")
+	old, err := os.ReadFile("test/testdata/schema-0.1.0.sql")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -864,8 +761,7 @@ func TestDatabaseOf010IsUpgraded(t *testing.T) {
 		t.Errorf("on the schema of 0.1.0, the service's role starts with %v, want an error that says what to do", err)
 	}
 
-	v := &service{t: t, env: programEnv(es.url("agentidp", theService), es.redis), s: &server{}} // only to sign, and to write
-	v.s.keys.Store(mustReadKeys(t, testKey(), ""))
+	v := &service{t: t, env: programEnv(es.url("agentidp", theService), es.redis)} // only to sign, and to write
 	if v.db, err = pgxpool.New(t.Context(), es.url("agentidp", theSuperuser)); err != nil {
 		t.Fatal(err)
 	}
@@ -924,7 +820,7 @@ func TestDatabaseOf010IsUpgraded(t *testing.T) {
 		if out, err := es.run("agentidp", theOwner, "migrate"); err != nil || out != "" {
 			t.Fatalf("migrate %d = %q, %v", i+1, out, err)
 		}
-		if got, want := es.comment(), "schema "+strconv.Itoa(schemaVersion); got != want {
+		if got, want := es.comment(), "schema "+strconv.Itoa(schemaVersion(t)); got != want {
 			t.Errorf("after migrate the comment is %q, want %q", got, want)
 		}
 		for range 2 {
@@ -954,7 +850,7 @@ func TestDatabaseOf010IsUpgraded(t *testing.T) {
 // Several copies start at once.
 func TestOwnerUpgradesADatabaseOf010ByStarting(t *testing.T) {
 	t.Parallel()
-	old, err := os.ReadFile("testdata/schema-0.1.0.sql")
+	old, err := os.ReadFile("test/testdata/schema-0.1.0.sql")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -986,7 +882,7 @@ func TestServiceStartsOnALaterSchema(t *testing.T) {
 	t.Parallel()
 	es := newEstate(t)
 	es.settle()
-	later := "schema " + strconv.Itoa(schemaVersion+1)
+	later := "schema " + strconv.Itoa(schemaVersion(t)+1)
 	es.exec("agentidp", theOwner, `
 		alter table agents add more text not null default 'more';
 		alter table token_revocations add more text;
@@ -1010,13 +906,5 @@ func TestServiceStartsOnALaterSchema(t *testing.T) {
 		if _, err := es.run("agentidp", theService, "verify-audit"); !refusedFor(err, "run migrate") {
 			t.Errorf("where the comment is %s, a start = %v, want an error that says what to do", earlier, err)
 		}
-	}
-}
-
-// Who changes schema.sql raises schemaVersion, and writes both here.
-func TestSchemaVersionIsRaisedWithTheSchema(t *testing.T) {
-	const version, sum = 2, "81c2ca711ff10429fed71d1472100474519e98e81b4a6ed6ff305194230a8474"
-	if got := fmt.Sprintf("%x", sha256.Sum256([]byte(schema))); schemaVersion != version || got != sum {
-		t.Errorf("schema.sql of version %d is %s, want %d and %s: a change of it raises schemaVersion", schemaVersion, got, version, sum)
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"bufio"
@@ -39,38 +39,27 @@ func newCutter(t *testing.T, env ...string) *program {
 	q := database.Query()
 	q.Set("pool_max_conns", "20")
 	database.RawQuery = q.Encode()
-	p := newProgram(t, database.String(), newRedis(t), env...)
-	keys, err := newKeyset(p.env["JWT_PRIVATE_KEY"])
-	if err != nil {
-		t.Fatal(err)
-	}
-	p.service.s = &server{}
-	p.service.s.keys.Store(keys)
-	return p
+	return newProgram(t, database.String(), newRedis(t), env...)
 }
 
 func (p *program) newActor() (a actor) {
 	p.t.Helper()
 	a.id = p.newAgent(strings.Fields(scopesOfActors)...)
 	a.credentialID, a.secret = p.quickCredential(a.id)
-	a.bearer = p.sign(a, scopesOfActors)
+	a.bearer = p.bearerFor(a, scopesOfActors)
 	return a
 }
 
 const scopesOfActors = agentsRead + " " + agentsWrite + " " + tokensRead + " " + credentialsWrite
 
-// sign makes a token as the actor would be given one for its secret.
-func (p *program) sign(a actor, scope string) string {
+// bearerFor makes a token as the actor would be given one for its secret.
+func (p *program) bearerFor(a actor, scope string) string {
 	p.t.Helper()
 	now := time.Now().Unix()
-	token, err := p.service.s.keys.Load().sign(accessToken, claims{
+	return p.sign(claims{
 		Issuer: p.env["ISSUER"], Subject: a.id, Audience: audience{p.env["ISSUER"]}, ClientID: a.id, Scope: scope,
 		ID: newID(), IssuedAt: now, Expires: now + 600, CredentialID: a.credentialID, SecretID: p.secretOf(a.id, a.credentialID),
 	})
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	return token
 }
 
 // cuts are all ways to end a token. Sql is what each does, for a test that
@@ -126,9 +115,9 @@ func (p *program) acts(a, other actor) []act {
 		{"another's rotated", "POST", others + "/credentials/" + other.credentialID + "/rotate", `{}`, bearer, 200, credentialRotated, true},
 		{"its own ended", "DELETE", self + "/credentials/" + spare, `{}`, bearer, 204, credentialRevoked, false},
 		{"another's ended", "DELETE", others + "/credentials/" + other.credentialID, `{}`, bearer, 204, credentialRevoked, true},
-		{"another's token revoked", "POST", "/token/revoke", "token=" + p.sign(other, agentsRead), bearer, 200, tokenRevoked, true},
-		{"another's token revoked by the secret", "POST", "/token/revoke", "token=" + p.sign(other, agentsRead), basic(a.id, a.secret), 200, tokenRevoked, true},
-		{"its own token revoked by the secret", "POST", "/token/revoke", "token=" + p.sign(a, agentsRead), basic(a.id, a.secret), 200, tokenRevoked, false},
+		{"another's token revoked", "POST", "/token/revoke", "token=" + p.bearerFor(other, agentsRead), bearer, 200, tokenRevoked, true},
+		{"another's token revoked by the secret", "POST", "/token/revoke", "token=" + p.bearerFor(other, agentsRead), basic(a.id, a.secret), 200, tokenRevoked, true},
+		{"its own token revoked by the secret", "POST", "/token/revoke", "token=" + p.bearerFor(a, agentsRead), basic(a.id, a.secret), 200, tokenRevoked, false},
 		{"a token", "POST", "/token", "grant_type=client_credentials", basic(a.id, a.secret), 200, tokenIssued, false},
 		{"another agent ended", "DELETE", others, `{}`, bearer, 204, agentDecommissioned, true},
 	}
@@ -372,10 +361,10 @@ func TestWhoCutItselfOffStaysSo(t *testing.T) {
 		a := p.newActor()
 		own, second := "/agents/"+a.id, a
 		second.credentialID, second.secret = p.quickCredential(a.id)
-		second.bearer = p.sign(second, scopesOfActors)
-		rotated, single := a, p.sign(second, scopesOfActors)
+		second.bearer = p.bearerFor(second, scopesOfActors)
+		rotated, single := a, p.bearerFor(second, scopesOfActors)
 		rotated.credentialID, _ = p.quickCredential(a.id)
-		rotated.bearer = p.sign(rotated, scopesOfActors)
+		rotated.bearer = p.bearerFor(rotated, scopesOfActors)
 		p.want(p.api(a.bearer, "PATCH", own, `{"owner":"itself"}`), 200, "")
 		p.want(p.api(a.bearer, "POST", own+"/credentials/"+rotated.credentialID+"/rotate", "{}"), 200, "")
 		p.want(p.bearerForm(a.bearer, "/revoke", "token="+single), 200, "")
@@ -433,7 +422,7 @@ func TestThiefOfANarrowTokenHoldsNobodyUp(t *testing.T) {
 			p.forget()
 			client, other := p.newActor(), p.newAgent("resumes:read")
 			spare, _ := p.quickCredential(client.id)
-			stolen := p.sign(client, agentsRead)
+			stolen := p.bearerFor(client, agentsRead)
 			got := atOnce(3*limit, func(int) answer { return flood(stolen, other) })
 			if got[429] != 2*limit {
 				t.Errorf("%d %s of one token are answered %v, want all but %d refused", 3*limit, what, got, limit)
@@ -476,7 +465,7 @@ func TestDeadTokenSpendsNoBudget(t *testing.T) {
 			a := p.newActor()
 			live := a
 			live.credentialID, live.secret = p.quickCredential(a.id)
-			live.bearer = p.sign(live, scopesOfActors)
+			live.bearer = p.bearerFor(live, scopesOfActors)
 			c.do(p, p.bearer, a)
 			got := atOnce(300, func(i int) answer {
 				v := []*program{p, q}[i%2]
@@ -523,7 +512,7 @@ func TestSecretsThatHaveEndedAreNotCompared(t *testing.T) {
 		slices.Sort(list)
 		return list
 	}
-	unknown := shown(newID(), newSecret().reveal())
+	unknown := shown(newID(), newSecret())
 	live := p.newActor()
 	p.moves("a wrong secret of a live credential", func() { p.grant(live.id, wrongOf(live.secret), "") }, map[string]float64{cold: 1})
 	for what, end := range map[string]func(a actor){

@@ -1,0 +1,38 @@
+package main
+
+import (
+	"fmt"
+	"testing"
+)
+
+// One reading checks only so much of the chain; the rest is another's.
+func TestChainIsReadInPieces(t *testing.T) {
+	t.Parallel()
+	s, id, plain := newServer(t)
+	for range 30 {
+		s.bearerOf(t, id, plain)
+	}
+	var head int64
+	if err := s.db.QueryRow(t.Context(), `select max(seq) from audit_events`).Scan(&head); err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct{ from, limit, begins, events, ends int64 }{
+		{1, 10, 1, 10, 10}, {12, 5, 12, 5, 16}, {head - 1, 2, head - 1, 2, head}, {head, 2, head, 1, head}, {0, 10, head - 9, 10, head},
+		{0, 1000, 1, head, head}, {head + 1, 10, head + 1, 0, head},
+	} {
+		seen := row.begins
+		report, err := s.verifyChain(t.Context(), row.from, row.limit, nil, func(e *event) error {
+			if e.Seq != seen {
+				return fmt.Errorf("seq %d, want %d", e.Seq, seen)
+			}
+			seen++
+			return nil
+		})
+		if err != nil || !report.Verified || report.FromSeq != row.begins || report.Events != row.events || report.HeadSeq != row.ends {
+			t.Errorf("verifyChain(%d, %d) = %+v, %v, want %+v", row.from, row.limit, report, err, row)
+		}
+		if (report.Checkpoint != nil) != (row.events > 0) {
+			t.Errorf("verifyChain(%d, %d) has the checkpoint %v", row.from, row.limit, report.Checkpoint)
+		}
+	}
+}
