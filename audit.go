@@ -49,7 +49,7 @@ func (s *server) change(r *request, concerned string, do func(context.Context, p
 		}
 		e, err := do(ctx, tx)
 		if err == nil && e.Action != "" {
-			head, err = appendEvents(ctx, tx, []event{e.by(r)}, false)
+			head, err = appendEvents(ctx, tx, []entry{{event: e.by(r)}}, false)
 		}
 		return err
 	})
@@ -59,37 +59,45 @@ func (s *server) change(r *request, concerned string, do func(context.Context, p
 	return err
 }
 
-// record hands an event over and returns the function that waits until it is
+// record hands an event over, and returns the function that waits until it is
 // stored. What it is about must not be done before that, or be undone where
-// that fails.
-func (s *server) record(r *request, e event) func() error {
-	stored := s.recorder.put(r.Context(), e.by(r))
-	return func() error {
-		_, err := stored.wait()
-		return err
+// that fails. Takes are who must be alive then: the caller, or the event is left
+// out and that is the error; and the token asked about, of which it is the answer.
+func (s *server) record(r *request, e event, takes ...origin) func() (alive []bool, err error) {
+	stored := s.recorder.put(r.Context(), entry{event: e.by(r), takes: takes})
+	return func() (alive []bool, err error) {
+		if alive, err = stored.wait(); err == nil && len(alive) > 0 && !alive[0] {
+			err = r.caller.ended()
+		}
+		return alive, err
 	}
 }
 
 // storeEvents stores the events of concurrent requests in one transaction.
-func (s *server) storeEvents(ctx context.Context, events []event) ([]struct{}, error) {
+// It tells of each who is alive of those that it takes.
+func (s *server) storeEvents(ctx context.Context, entries []entry) ([][]bool, error) {
 	begun, head := time.Now(), int64(0)
 	conn, err := s.inner.Acquire(ctx)
 	if err == nil {
-		head, err = appendEvents(ctx, conn, events, true)
+		head, err = appendEvents(ctx, conn, entries, true)
 		conn.Release() // closes it where the transaction is open
 	}
 	s.postgres.beat(err)
 	s.meter.head.Store(max(head, s.meter.head.Load()))
-	s.meter.add(float64(len(events)), "agentidp_audit_batch_events", "")
+	s.meter.add(float64(len(entries)), "agentidp_audit_batch_events", "")
 	s.meter.add(time.Since(begun).Seconds(), "agentidp_audit_commit_duration_seconds", "")
-	return make([]struct{}, len(events)), err
+	alive := make([][]bool, len(entries))
+	for i, x := range entries {
+		alive[i] = x.alive
+	}
+	return alive, err
 }
 
 // refused records what was refused, and returns why it was. A denial is
 // recorded outside of the change's transaction, or the rollback takes it back.
 func (s *server) refused(r *request, e event, why error) error {
 	e.Outcome = "failure"
-	if err := s.record(r, e)(); err != nil {
+	if _, err := s.record(r, e)(); err != nil {
 		return err
 	}
 	return why

@@ -18,14 +18,14 @@ func (s *server) bearer(scope string, own ...string) func(*request) error {
 		if err := s.identify(r); err != nil {
 			return err
 		}
-		lacks, window := r.caller.need(scope), byToken
+		lacks, window, mayChange := r.caller.need(scope), byToken, toChange
 		if self := r.caller.AgentID == r.PathValue("agentId"); self && slices.ContainsFunc(own, r.caller.has) {
-			lacks = nil
+			lacks, mayChange = nil, ofOneself
 		} else if self && len(own) > 0 && lacks != nil {
 			lacks = r.caller.need(own[0]) // the lesser of the two
 		}
 		if lacks == nil && r.route.records != "" {
-			window = toChange
+			window = mayChange
 		}
 		if _, err := s.spend(r, window, ""); err != nil {
 			return err
@@ -39,7 +39,6 @@ func (s *server) bearer(scope string, own ...string) func(*request) error {
 // proved itself can always revoke: no limit is in the way.
 func (s *server) bearerOrClient(scope string) func(*request) error {
 	return func(r *request) (err error) {
-		s.inquire(r)
 		switch {
 		case !r.presents("Bearer"):
 			if err = s.authenticateClient(r); err == nil && r.route.records != tokenRevoked {
@@ -87,15 +86,6 @@ func (s *server) identify(r *request) error {
 		r.caller = caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
 	}
 	return err
-}
-
-// inquire begins an inquiry before it is known who asks, so that both tokens are
-// in one question.
-func (s *server) inquire(r *request) {
-	c, err := s.keys.Load().verify(r.form.Get("token"), s.cfg.issuer)
-	if r.about.claims = c; err == nil && r.route.records == tokenIntrospected && c.validAt(s.now()) == nil {
-		r.about.life = s.lives.put(r.Context(), c.origin())
-	}
 }
 
 // spend counts the request of an authenticated caller in the window that it

@@ -66,45 +66,62 @@ func (c caller) enter(ctx context.Context, tx pgx.Tx, concerned string) error {
 		return err
 	}
 	alive, err := areAlive(ctx, tx, []origin{c.origin}) // a statement of its own, which sees what was committed before the lock
-	switch {
-	case err != nil:
-		return err
-	case !alive[0] && c.TokenID != "":
-		return errInvalidToken
-	case !alive[0]:
-		return errBadClient
+	if err == nil && !alive[0] {
+		err = c.ended()
 	}
-	return nil
+	return err
 }
 
-// areAlive tells of each origin whether it is: its credential is active and has
-// that secret, its agent is active, and its jti is not revoked.
+// ended is what who was cut off meanwhile is told.
+func (c caller) ended() error {
+	if c.TokenID != "" {
+		return errInvalidToken
+	}
+	return errBadClient
+}
+
+// areAlive tells of each origin whether it is: its credential is active, has not
+// expired and has that secret, its agent is active, and its jti is not revoked.
 func areAlive(ctx context.Context, db querier, of []origin) ([]bool, error) {
+	b := &pgx.Batch{}
+	alive := askAlive(b, of)
+	if err := db.SendBatch(ctx, b).Close(); err != nil {
+		return nil, fmt.Errorf("asking what is alive: %w", err)
+	}
+	return alive, nil
+}
+
+// askAlive puts that question into a batch, which answers it.
+func askAlive(b *pgx.Batch, of []origin) (alive []bool) {
+	if len(of) == 0 {
+		return nil
+	}
 	credentials, tokens := make([]string, len(of)), make([]string, 0, len(of))
 	for i, o := range of {
 		if credentials[i] = o.CredentialID; o.TokenID != "" {
 			tokens = append(tokens, o.TokenID)
 		}
 	}
-	rows, _ := db.Query(ctx, `
+	alive = make([]bool, len(of))
+	b.Queue(`
 		select c.client_id::text, c.credential_id::text, c.secret_id::text, ''
 		from credentials c
 		join agents a on a.agent_id = c.client_id
 		where c.credential_id = any($1) and c.status = 'active' and a.status = 'active'
+			and (c.expires_at is null or c.expires_at > clock_timestamp())
 		union all
 		select '', '', '', jti::text
 		from token_revocations
-		where jti = any($2)`, credentials, tokens)
-	found, err := pgx.CollectRows(rows, pgx.RowToStructByPos[origin])
-	if err != nil {
-		return nil, fmt.Errorf("asking what is alive: %w", err)
-	}
-	there, alive := map[origin]bool{}, make([]bool, len(of))
-	for _, o := range found {
-		there[o] = true
-	}
-	for i, o := range of {
-		alive[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}] && !there[origin{TokenID: o.TokenID}]
-	}
-	return alive, nil
+		where jti = any($2)`, credentials, tokens).Query(func(rows pgx.Rows) error {
+		there := map[origin]bool{}
+		found, err := pgx.CollectRows(rows, pgx.RowToStructByPos[origin])
+		for _, o := range found {
+			there[o] = true
+		}
+		for i, o := range of {
+			alive[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}] && !there[origin{TokenID: o.TokenID}]
+		}
+		return err
+	})
+	return alive
 }

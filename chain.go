@@ -71,6 +71,14 @@ func encodeEvents(v any, events ...event) ([]byte, error) {
 // facts are what an event says beside its fixed fields. None may be a secret.
 type facts map[string]any
 
+func (f facts) encode() rawJSON {
+	b, err := json.Marshal(f)
+	if err != nil {
+		panic(err) // facts of ours that have no JSON
+	}
+	return b
+}
+
 // newEvent is a success until refused says otherwise. It concerns nobody where
 // agentID is none.
 func newEvent(did, agentID string, f facts) event {
@@ -92,10 +100,7 @@ func (e event) by(r *request) event {
 	userAgent := r.UserAgent()
 	e.UserAgent = strings.ToValidUTF8(userAgent[:min(len(userAgent), 256)], "?")
 	e.facts["requestId"] = r.id
-	var err error
-	if e.Metadata, err = json.Marshal(e.facts); err != nil {
-		panic(err) // facts of ours that have no JSON
-	}
+	e.Metadata = e.facts.encode()
 	return e
 }
 
@@ -122,12 +127,22 @@ func (e *event) sum() digest {
 	return sum[:]
 }
 
+// An entry is an event and whom it takes to be alive when it is stored: who asks,
+// or it is left out, and for an introspection the token that is asked about.
+type entry struct {
+	event
+	takes []origin
+	alive []bool // of these, which appendEvents finds out
+}
+
 // appendEvents links events to the end of the chain. It holds the lock of the
 // chain until tx ends, so any number of copies write one chain, and it is the
 // last that a transaction does: whoever holds the lock waits for nothing.
+// What cuts somebody off has its event there too. So whoever is alive behind the
+// lock is cut off only after what is stored now, in the log and to all who read.
 // Whole is for a connection without a transaction: it is one by itself. It
 // returns the last seq.
-func appendEvents(ctx context.Context, tx querier, events []event, whole bool) (int64, error) {
+func appendEvents(ctx context.Context, tx querier, entries []entry, whole bool) (int64, error) {
 	last, now := event{PrevHash: make(digest, sha256.Size)}, moment{}
 	head, tail := &pgx.Batch{}, &pgx.Batch{}
 	if whole {
@@ -138,6 +153,11 @@ func appendEvents(ctx context.Context, tx querier, events []event, whole bool) (
 		select coalesce(max(seq), 0), date_trunc('milliseconds', clock_timestamp()), coalesce((array_agg(hash))[1], $1)
 		from (select seq, hash from audit_events order by seq desc limit 1) as head`, last.PrevHash).
 		QueryRow(func(row pgx.Row) error { return row.Scan(&last.Seq, &now, &last.Hash) })
+	var takes []origin
+	for _, x := range entries {
+		takes = append(takes, x.takes...)
+	}
+	alive := askAlive(head, takes)
 	if err := tx.SendBatch(ctx, head).Close(); err != nil {
 		return 0, fmt.Errorf("loading the head of the chain: %w", err)
 	}
@@ -147,7 +167,16 @@ func appendEvents(ctx context.Context, tx querier, events []event, whole bool) (
 		agents, actors                                          []*string
 		prevHashes, hashes                                      [][]byte
 	}
-	for _, e := range events {
+	for i := range entries {
+		e, n := entries[i].event, len(entries[i].takes)
+		entries[i].alive, alive = alive[:n:n], alive[n:]
+		if n > 0 && !entries[i].alive[0] {
+			continue
+		}
+		if n > 1 && !entries[i].alive[1] {
+			e.facts["active"] = false
+			e.Metadata = e.facts.encode()
+		}
 		e.EventID, e.Seq, e.Timestamp, e.PrevHash = eventID(last.Seq+1, now), last.Seq+1, now, last.Hash
 		e.Hash = e.sum()
 		rows.ids, rows.seqs = append(rows.ids, e.EventID), append(rows.seqs, e.Seq)
@@ -211,6 +240,8 @@ type chainReport struct {
 	HeadSeq     int64   `json:"headSeq"` // the last of them
 	HeadHash    digest  `json:"headHash"`
 	Checkpoint  *string `json:"checkpoint"` // null where the chain is not whole
+
+	linked bool // to the event before the first
 }
 
 // verifyChain reads the chain from a seq on (0: its last limit events), up to
@@ -277,8 +308,8 @@ func (s *server) verifyChain(ctx context.Context, from, limit int64, cp *checkpo
 // extend checks one more event.
 func (report *chainReport) extend(e *event, oldest int64, served time.Time, cp *checkpoint) {
 	want := report.HeadSeq + 1
-	if report.Events == 0 && e.Seq == want-1 { // only for its hash
-		report.HeadHash = e.Hash
+	if report.Events == 0 && e.Seq == want-1 && !report.linked { // only for its hash
+		report.HeadHash, report.linked = e.Hash, true
 		return
 	}
 	if report.Events == 0 && e.Seq == oldest && oldest > 1 {

@@ -36,3 +36,23 @@ func TestChainIsReadInPieces(t *testing.T) {
 		}
 	}
 }
+
+// The event before the first that is read counts for its hash alone, and once.
+func TestEventBeforeTheFirstStandsThereOnce(t *testing.T) {
+	t.Parallel()
+	s, id, plain := newServer(t)
+	for range 5 {
+		s.bearerOf(t, id, plain)
+	}
+	err := execSQL(t.Context(), s.db, "forging", `
+		insert into audit_events
+		select event_id, seq, "timestamp" + interval '1 ms', agent_id, actor_id, action, outcome, ip_address, user_agent, metadata, prev_hash, hash
+		from audit_events
+		where seq = 3`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if report, err := s.verifyChain(t.Context(), 4, 2, nil, nil); err != nil || report.FirstBadSeq != 3 {
+		t.Errorf("behind two events of seq 3, verifyChain(4, 2) = %+v, %v, want 3 to be bad", report, err)
+	}
+}

@@ -69,6 +69,9 @@ func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
 		return nil, err
 	}
 	agentID, plain := r.PathValue("agentId"), newSecret()
+	if err := mayManage(r.Context(), s.db, r.caller, agentID, "active"); err != nil { // who may not gets no turn at hashing
+		return nil, err
+	}
 	hash, err := s.vault.hash(r.Context(), plain)
 	if err != nil {
 		return nil, err
@@ -92,8 +95,8 @@ func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
 // not, or the agent is in none of these states. An agent may change its own by
 // credentials:write. Else it is as for any change of the agent, since a
 // credential is all that the agent may do.
-func mayManage(ctx context.Context, tx pgx.Tx, c caller, agentID string, states ...string) error {
-	a, err := loadAgent(ctx, tx, agentID)
+func mayManage(ctx context.Context, db querier, c caller, agentID string, states ...string) error {
+	a, err := loadAgent(ctx, db, agentID)
 	if err == nil && (a.AgentID != c.AgentID || !c.has(credentialsWrite)) {
 		err = c.mayGrant(a.Capabilities)
 	}
@@ -236,6 +239,10 @@ func (s secret) prefix() string { return string(s[8:24]) }
 // is exactly such a secret, and would ignore what follows.
 func (s secret) wellFormed() bool { return secretPattern.MatchString(string(s)) }
 
+// maxWaiting is how many secrets may wait to be compared: half as many as requests
+// may wait for a store, so that wrong ones don't take the places of all others.
+const maxWaiting = maxInFlight / 2
+
 // A vault compares secrets with their hashes. Bcrypt of a random secret
 // protects nothing the second time, so it remembers what it has compared.
 //
@@ -245,6 +252,7 @@ func (s secret) wellFormed() bool { return secretPattern.MatchString(string(s)) 
 // hashed doesn't wait for what is compared.
 type vault struct {
 	making, comparing slots
+	waiting           slots          // for a place; who comes beyond is refused at once
 	lanes             [1 << 10]slots // of one place each; addresses may share one, nobody knows which
 	seed              maphash.Seed
 	key               [32]byte // makes the memo's keys worthless elsewhere
@@ -252,7 +260,7 @@ type vault struct {
 }
 
 func newVault() *vault {
-	v := &vault{making: make(slots, 1), comparing: make(slots, max(1, runtime.GOMAXPROCS(0)/2)), seed: maphash.MakeSeed()}
+	v := &vault{making: make(slots, 1), comparing: make(slots, max(1, runtime.GOMAXPROCS(0)/2)), waiting: make(slots, maxWaiting), seed: maphash.MakeSeed()}
 	for i := range v.lanes {
 		v.lanes[i] = make(slots, 1)
 	}
@@ -271,6 +279,12 @@ func (v *vault) hash(ctx context.Context, s secret) (hash []byte, err error) {
 // compare tells whether hash is that of s, which address has sent. An error says
 // that it wasn't its turn before the deadline of ctx.
 func (v *vault) compare(ctx context.Context, address, hash string, s secret) (right bool, err error) {
+	select {
+	case v.waiting <- struct{}{}:
+		defer v.waiting.leave()
+	default:
+		return false, errBusy
+	}
 	lane := v.lanes[maphash.String(v.seed, address)%uint64(len(v.lanes))]
 	if err := lane.enter(ctx); err != nil {
 		return false, err

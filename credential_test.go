@@ -124,3 +124,33 @@ func TestOneSecretIsComparedOnceForAllWhoWait(t *testing.T) {
 		t.Errorf("%d comparisons of one secret took %v, want little more than the %v of one", n, took, one)
 	}
 }
+
+// Secrets that wait to be compared leave places to all else: who comes beyond is
+// refused at once.
+func TestOnlySoManySecretsWait(t *testing.T) {
+	t.Parallel()
+	v, plain := newVault(), newSecret()
+	for range maxWaiting {
+		v.waiting <- struct{}{}
+	}
+	if _, err := v.compare(t.Context(), "ip:192.0.2.1", "", plain); !errors.Is(err, errBusy) {
+		t.Errorf("beside %d others compare = %v, want errBusy", maxWaiting, err)
+	}
+	<-v.waiting
+	if right, err := v.compare(t.Context(), "ip:192.0.2.1", "", plain); right || err != nil || len(v.waiting) != maxWaiting-1 {
+		t.Errorf("beside one less compare = %v, %v, and %d wait", right, err, len(v.waiting))
+	}
+}
+
+// Who may not have a secret takes nobody's turn at hashing one.
+func TestRefusedSecretIsNotHashed(t *testing.T) {
+	t.Parallel()
+	s, id, plain := newServer(t)
+	bearer := s.bearerOf(t, id, plain)
+	s.vault.making <- struct{}{} // somebody's
+	a := s.ask("POST", "/api/v1/agents/"+newID()+"/credentials", "{}", "Authorization", bearer, "Content-Type", "application/json")
+	if a.Code != 404 {
+		t.Errorf("a secret for nobody is answered %d %s, want 404", a.Code, a.Body)
+	}
+	<-s.vault.making
+}

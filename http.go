@@ -22,9 +22,10 @@ import (
 )
 
 const (
-	requestTimeout = 5 * time.Second // for all that a request does
-	maxBody        = 16 << 10        // bytes
-	maxInFlight    = 1024            // requests that may wait for a store; more are refused at once
+	requestTimeout = 5 * time.Second        // for all that a request does
+	readTime       = 100 * time.Millisecond // for a reading; who waits longer is asked again
+	maxBody        = 16 << 10               // bytes
+	maxInFlight    = 1024                   // requests that may wait for a store; more are refused at once
 )
 
 // A request is one that the front has let in.
@@ -37,14 +38,6 @@ type request struct {
 	body   []byte
 	form   url.Values // at the token endpoints
 	caller caller
-	about  inquiry // of an introspection or a revocation
-}
-
-// An inquiry is what is found out about a token that a client asks about. Of what
-// is no token of ours there are no claims.
-type inquiry struct {
-	claims
-	life *question[origin, bool] // nil where the token isn't valid now, or that isn't asked
 }
 
 // A route is what can be called, by whom, and how. Who identifies the caller,
@@ -208,7 +201,13 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 		return nil, errBusy
 	}
 	if err = rt.who(r); err == nil {
+		begun := time.Now()
 		body, err = rt.handle(r)
+		if alive := true; err == nil && rt.records == "" && time.Since(begun) > readTime { // who waited may have been cut off meanwhile
+			if alive, err = s.lives.put(ctx, r.caller.origin).wait(); err == nil && !alive {
+				err = r.caller.ended()
+			}
+		}
 	}
 	return body, s.recordRefusal(r, err)
 }

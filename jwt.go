@@ -185,8 +185,9 @@ func (k *keyset) verify(token, issuer string) (claims, error) {
 	key := sha256.Sum256([]byte(token))
 	c, known := k.opened.get(key)
 	if !known {
-		if err := k.open(accessToken, token, &c); err != nil {
-			return claims{}, err
+		err := k.open(accessToken, token, &c)
+		if err != nil || !isID(c.Subject) || !isID(c.ID) || !isID(c.CredentialID) || !isID(c.SecretID) {
+			return claims{}, errBadToken
 		}
 		if len(token) <= maxMemoBytes {
 			k.opened.put(key, c)

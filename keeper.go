@@ -74,7 +74,7 @@ func (s *server) probe(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			_, err = appendEvents(ctx, attempt, []event{{Action: authFailed, Outcome: "failure", Metadata: rawJSON("{}")}}, false)
+			_, err = appendEvents(ctx, attempt, []entry{{event: event{Action: authFailed, Outcome: "failure", Metadata: rawJSON("{}")}}}, false)
 			if err = errors.Join(err, attempt.Rollback(ctx)); err != nil {
 				return err
 			}

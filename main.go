@@ -192,7 +192,7 @@ type server struct {
 	inner    *pgxpool.Pool // for the recorder, the keeper and lookups, which requests must not hold up
 	redis    *cache
 	vault    *vault
-	recorder *queue[event, struct{}]
+	recorder *queue[entry, []bool]
 	lookups  *queue[secretKey, secretOwner]
 	lives    *queue[origin, bool]
 	meter    *meter
@@ -267,7 +267,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	end := time.Now().Add(time.Minute)
 	for err = s.applySchema(ctx, owner); err != nil && ctx.Err() == nil && time.Now().Before(end); err = s.applySchema(ctx, owner) {
 		refusal, ok := errors.AsType[*pgconn.PgError](err)
-		if errors.Is(err, errNotMigrated) || errors.Is(err, errPooled) || ok && refusal.Code[0] != '5' && refusal.Code[:2] != "40" {
+		if errors.Is(err, errNotMigrated) || errors.Is(err, errPooled) || errors.Is(err, errEncoding) || ok && refusal.Code[0] != '5' && refusal.Code[:2] != "40" {
 			break // classes 40, 53, 55 and 57 pass by themselves: deadlock, too busy, locked, starting
 		}
 		slog.Warn("waiting for PostgreSQL", "error", err)

@@ -18,11 +18,13 @@ import (
 // Requests by a token are counted apart from those by a credential, so that who
 // stole a token can't spend what its client needs to end it; and changes by who
 // may make them apart from all else, so that a token of a narrow scope can't
-// either. Each is a window of the agent.
+// either; and what an agent's own token may do for itself apart from these, so that
+// one which may change others can't. Each is a window of the agent.
 const (
 	byCredential = "client:"
 	byToken      = "token:"
 	toChange     = "change:"
+	ofOneself    = "own:"
 )
 
 // admitScript answers in one round trip whether a request is one too many for

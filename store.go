@@ -271,7 +271,8 @@ const settings = `
 	set standard_conforming_strings = on;
 	set datestyle = 'ISO, YMD';
 	set timezone = 'UTC';
-	set bytea_output = 'hex';`
+	set bytea_output = 'hex';
+	set array_nulls = on;`
 
 // openPools makes the pool for requests, and one that requests must not hold
 // up. What the latter asks is always the same, so it is planned once.
@@ -346,6 +347,8 @@ var schema string
 // on only adds. So a version of the program does with a later schema.
 const schemaVersion = 2
 
+var errEncoding = errors.New("the database is not in UTF8, so that it can't keep every text: make another, by createdb -E UTF8 -T template0")
+
 var errNotMigrated = errors.New("the tables are another role's, and their schema is of an earlier version; let that role run migrate of this version")
 
 // applySchema applies the schema, one copy at a time, and leaves its version as
@@ -365,6 +368,10 @@ func (s *server) applySchema(ctx context.Context, always bool) error {
 	defer tx.Rollback(ctx) // after a commit, nothing
 	if _, err := tx.Exec(waiting, `select pg_advisory_xact_lock($1)`, schemaLock); err != nil {
 		return err
+	}
+	encoding := ""
+	if err := tx.QueryRow(waiting, `select current_setting('server_encoding')`).Scan(&encoding); err != nil || encoding != "UTF8" {
+		return errors.Join(err, errEncoding)
 	}
 	applied, others := 0, false
 	err = tx.QueryRow(waiting, `

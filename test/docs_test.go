@@ -844,7 +844,7 @@ func TestPagesHaveEveryErrorOfTheStart(t *testing.T) {
 			if f, ok := declared.(*ast.FuncDecl); ok {
 				name = f.Name.Name
 			} else if v, ok := declared.(*ast.GenDecl); ok && len(v.Specs) == 1 {
-				if spec, ok := v.Specs[0].(*ast.ValueSpec); ok && slices.Contains([]string{"errNotMigrated", "errPooled"}, spec.Names[0].Name) {
+				if spec, ok := v.Specs[0].(*ast.ValueSpec); ok && slices.Contains([]string{"errNotMigrated", "errPooled", "errEncoding"}, spec.Names[0].Name) {
 					name = commands[0]
 				}
 			}
@@ -944,6 +944,7 @@ func TestPagesHaveEveryRedisKey(t *testing.T) {
 	}
 	id, secret := v.newClient("a:b", credentialsWrite)
 	token := v.token(id, secret, "")
+	v.want(v.api(token, "POST", "/agents/"+id+"/credentials", "{}"), 201, "")
 	v.want(v.form("", "", "/introspect", "client_id="+id+"&client_secret=sk_live_"+strings.Repeat("0", 64)+"&token=x"), 401, "invalid_client")
 	v.want(v.form(id, secret, "/revoke", "token="+token), 200, "")
 	credential := v.want(v.api(v.bearer, "GET", "/agents/"+id+"/credentials", ""), 200, "").body["data"].([]any)[0].(map[string]any)["credentialId"].(string)

@@ -17,7 +17,7 @@ func TestErrorsTeach(t *testing.T) {
 	elsewhere := v.want(v.form(v.id, v.secret, "", "grant_type=client_credentials&resource=https://resumes.example.com"), 200, "").text("access_token")
 	revoked := v.token(v.id, v.secret, "")
 	v.want(v.form(v.id, v.secret, "/revoke", "token="+revoked), 200, "")
-	expired := v.sign(claims{Issuer: v.url, Subject: id, Audience: audience{v.url}, ClientID: id, Expires: time.Now().Unix() - 1})
+	expired := v.sign(claims{Issuer: v.url, Subject: id, Audience: audience{v.url}, ClientID: id, ID: newID(), CredentialID: newID(), SecretID: newID(), Expires: time.Now().Unix() - 1})
 	suspended, unused := v.quickClient("resumes:read")
 	v.want(v.api(v.bearer, "PATCH", "/agents/"+suspended, `{"status":"suspended"}`), 200, "")
 

@@ -223,8 +223,6 @@ func (p *program) moves(what string, do func(), want map[string]float64) {
 }
 
 const (
-	tokenRoute = "POST /api/v1/token"
-
 	tokens200 = `agentidp_http_requests_total{route="POST /api/v1/token",status="200"}`
 	tokens401 = `agentidp_http_requests_total{route="POST /api/v1/token",status="401"}`
 	tokenTime = `agentidp_http_request_duration_seconds_count{route="POST /api/v1/token"}`

@@ -331,6 +331,7 @@ const (
 	byCredential = "client:"
 	byToken      = "token:"
 	toChange     = "change:"
+	ofOneself    = "own:"
 )
 
 const (

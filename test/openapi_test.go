@@ -224,7 +224,7 @@ func TestEveryRouteRefusesInOneWay(t *testing.T) {
 	id, secret := v.quickClient("resumes:read")
 	weak := v.mint(id, newID())
 	limited := v.another("RATE_LIMIT_PER_MINUTE", "1")
-	for _, window := range []string{byToken, toChange, byCredential} { // which are full
+	for _, window := range []string{byToken, toChange, ofOneself, byCredential} { // which are full
 		limited.rdb.Set(t.Context(), fmt.Sprintf("rate:%s%s:%d", window, limited.id, time.Now().Unix()/60), 100, time.Minute)
 		limited.rdb.Set(t.Context(), fmt.Sprintf("rate:%s%s:%d", window, limited.id, time.Now().Unix()/60+1), 100, time.Minute)
 	}

@@ -489,16 +489,6 @@ func TestExportOfAnAlteredLogNamesTheSeq(t *testing.T) {
 	}
 }
 
-// A brokenPipe takes some bytes.
-type brokenPipe struct{ left int }
-
-func (b *brokenPipe) Write(p []byte) (int, error) {
-	if b.left -= len(p); b.left < 0 {
-		return 0, syscall.EPIPE
-	}
-	return len(p), nil
-}
-
 // The real program, with 20,000 events of 2 kB.
 func TestExportStreams(t *testing.T) {
 	const events = 20_000

@@ -26,12 +26,10 @@ type proxy struct {
 	network, address string // of the store
 	listener         net.Listener
 
-	mu     sync.Mutex
-	mode   proxyMode
-	conns  map[net.Conn]bool
-	lost   map[net.Conn]bool // what these send goes nowhere, and nobody is told
-	hook   func()            // is called before the hookIn-th message to the store
-	hookIn int
+	mu    sync.Mutex
+	mode  proxyMode
+	conns map[net.Conn]bool
+	lost  map[net.Conn]bool // what these send goes nowhere, and nobody is told
 }
 
 type proxyMode int
@@ -107,8 +105,8 @@ func (p *proxy) join(client net.Conn) {
 	if refused {
 		return
 	}
-	go p.copy(client, store, func() {})
-	p.copy(store, client, p.message)
+	go p.copy(client, store)
+	p.copy(store, client)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.conns, client)
@@ -129,24 +127,8 @@ func (p *proxy) swallows(from net.Conn) bool {
 	return p.mode == swallowing || p.lost[from]
 }
 
-// before has a function called before the nth message from now on.
-func (p *proxy) before(n int, hook func()) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.hookIn, p.hook = n, hook
-}
-
-func (p *proxy) message() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.hookIn--; p.hookIn == 0 {
-		p.hook()
-	}
-}
-
-// copy copies until either side ends, and then ends both. It calls each before
-// every piece, which is a message where each waits for an answer.
-func (p *proxy) copy(to, from net.Conn, each func()) {
+// copy copies until either side ends, and then ends both.
+func (p *proxy) copy(to, from net.Conn) {
 	defer to.Close()
 	defer from.Close()
 	b := make([]byte, 32<<10)
@@ -158,7 +140,6 @@ func (p *proxy) copy(to, from net.Conn, each func()) {
 		if p.swallows(from) {
 			continue
 		}
-		each()
 		if _, err := to.Write(b[:n]); err != nil {
 			return
 		}

@@ -36,6 +36,7 @@ var hostileSettings = map[string]string{
 	"timezone": "Asia/Kolkata", "client_encoding": "LATIN1", "standard_conforming_strings": "off",
 	"default_transaction_isolation": "serializable", "intervalstyle": "sql_standard", "extra_float_digits": "-10",
 	"idle_in_transaction_session_timeout": "1ms", "idle_session_timeout": "300ms", "lock_timeout": "1ms", "statement_timeout": "50ms",
+	"array_nulls": "off",
 }
 
 // ownSettings are what our sessions have all the same.
@@ -43,6 +44,7 @@ var ownSettings = map[string]string{
 	"synchronous_commit": "on", "search_path": "public, pg_temp", "DateStyle": "ISO, YMD", "bytea_output": "hex", "TimeZone": "UTC",
 	"default_transaction_isolation": "read committed", "transaction_isolation": "read committed", "statement_timeout": "0", "lock_timeout": "0",
 	"idle_session_timeout": "0", "idle_in_transaction_session_timeout": "5s", "client_encoding": "UTF8", "standard_conforming_strings": "on",
+	"array_nulls": "on",
 }
 
 func TestOurSessionsAreOursWhateverRoleDatabaseAndURLSay(t *testing.T) {
@@ -66,7 +68,7 @@ func TestOurSessionsAreOursWhateverRoleDatabaseAndURLSay(t *testing.T) {
 		base := "postgres:///" + database + "?host=" + postgres.folder + "&port=5432&user="
 		t.Run(from, func(t *testing.T) {
 			// The harness has a pool of its own, with settings that outrank both.
-			plain := "&search_path=public&statement_timeout=0&client_encoding=UTF8&standard_conforming_strings=on&lock_timeout=0&idle_session_timeout=0&idle_in_transaction_session_timeout=0&datestyle=ISO"
+			plain := "&search_path=public&statement_timeout=0&client_encoding=UTF8&standard_conforming_strings=on&lock_timeout=0&idle_session_timeout=0&idle_in_transaction_session_timeout=0&datestyle=ISO&array_nulls=on"
 			p := newProgram(t, base+theSuperuser+plain, newRedis(t), "DATABASE_URL", base+role+more)
 			q := p.another()
 			p.exec(`create table seen (of text, name text, setting text)`)
