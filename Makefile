@@ -12,7 +12,7 @@ tied = $(if $(shell command -v setpriv),setpriv --pdeathsig $(1) --)
 
 # The tests erase what they find, so they get no DATABASE_URL and REDIS_URL but those meant for tests.
 services = DATABASE_URL="$$TEST_DATABASE_URL" REDIS_URL="$$TEST_REDIS_URL"; export DATABASE_URL REDIS_URL; \
-	exec $(call tied,TERM) ./with-services.sh
+	exec $(call tied,TERM) ./dev/with-services.sh
 for_tests = sh -c 'export TEST_DATABASE_URL="$$DATABASE_URL" TEST_REDIS_URL="$$REDIS_URL"; \
 	unset DATABASE_URL REDIS_URL; exec "$$@"' sh
 
@@ -23,7 +23,7 @@ help: ## list these
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1	/p' Makefile | expand -t 17
 
 run: ## start everything on http://localhost:3000, and print a client and a curl line for a token
-	@exec $(call tied,TERM) ./dev.sh
+	@exec $(call tied,TERM) ./dev/run.sh
 
 # All tests, not some, leave a record of the answers for 'make openapi', and metrics of a busy copy for 'make promtool'.
 test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
@@ -40,7 +40,7 @@ $(METRICS): $(ANSWERS)
 	@test -e $@ || $(MAKE) test TESTFLAGS=
 
 promtool: $(METRICS) ## hold the metrics of a copy in the tests, and the alert rules, to Prometheus's own checker
-	@command -v promtool >/dev/null || ./with-services.sh --install prometheus
+	@command -v promtool >/dev/null || ./dev/with-services.sh --install prometheus
 	@promtool check rules docs/devops/alerts.yml
 	@promtool test rules docs/devops/alerts_test.yml
 	@promtool check metrics <"$(METRICS)"
@@ -62,10 +62,10 @@ fuzz: ## run each fuzz target for FUZZTIME=30s
 lint: ## gofmt, go vet, staticcheck
 	@files=$$(gofmt -l .) && test -z "$$files" || { echo "gofmt would change: $$files" >&2; exit 1; }
 	@$(GO) vet ./...
-	@$(GO) tool -modfile=tools/go.mod staticcheck ./...
+	@$(GO) tool -modfile=dev/tools/go.mod staticcheck ./...
 
 vuln: ## ask the Go vulnerability database about what is used here
-	@$(GO) tool -modfile=tools/go.mod govulncheck ./...
+	@$(GO) tool -modfile=dev/tools/go.mod govulncheck ./...
 
 build: ## build ./agentidp: the same bytes wherever it is built, with this Go and of this commit
 	@CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=$(if $(wildcard .git),true,false) -o agentidp .
@@ -85,7 +85,7 @@ deployment: ## build two clones, which must be the same bytes, and check the sys
 # The race detector needs a C compiler, and the operator's pages curl.
 gcc:
 	@command -v $(GO) >/dev/null || { echo "Go is needed (go.mod has the version), and '$(GO)' is not on PATH" >&2; exit 69; }
-	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./with-services.sh --install gcc libc6-dev
-	@command -v curl >/dev/null || ./with-services.sh --install curl
+	@set -- $$($(GO) env CC); command -v "$$1" >/dev/null || ./dev/with-services.sh --install gcc libc6-dev
+	@command -v curl >/dev/null || ./dev/with-services.sh --install curl
 
 .PHONY: help run test openapi promtool soak acceptance bench fuzz lint vuln build deployment gcc

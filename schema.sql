@@ -3,8 +3,8 @@
 -- It is embedded in the program and applied at every start, under an advisory
 -- lock, in one transaction. So everything here must be repeatable, and cheap
 -- when there is nothing to do. A service whose role doesn't own the tables only
--- checks that "migrate" has applied this version or a later one; README.md has
--- that role. From version 2 on a change only adds, so that the program before
+-- checks that "migrate" has applied this version or a later one; docs/devops
+-- has that role. From version 2 on a change only adds, so that the program before
 -- does with it; and it raises schemaVersion in store.go.
 --
 -- Times are UTC with milliseconds, as they are served: what is hashed into the

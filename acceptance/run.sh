@@ -27,7 +27,7 @@ done <<-EOF
 	python3-requests /usr/lib/python3/dist-packages/requests/__init__.py
 EOF
 # shellcheck disable=SC2086 # words
-[ -z "$missing" ] || ./with-services.sh --install $missing
+[ -z "$missing" ] || ./dev/with-services.sh --install $missing
 
 build=acceptance/.build
 mkdir -p $build
@@ -44,4 +44,4 @@ mv "$build/acceptance.$$" $build/acceptance
 
 # The agents of each run are registered in a database of its own.
 unset DATABASE_URL REDIS_URL
-exec ./with-services.sh $build/acceptance "$PWD/$build/agentidp" "$@"
+exec ./dev/with-services.sh $build/acceptance "$PWD/$build/agentidp" "$@"

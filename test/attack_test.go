@@ -9,7 +9,6 @@ import (
 	"maps"
 	"math"
 	"net/url"
-	"os"
 	"os/exec"
 	"reflect"
 	"regexp"
@@ -33,7 +32,7 @@ const (
 )
 
 // An estate is a PostgreSQL with a database that one role owns and that the
-// service uses by another: the one that README.md makes.
+// service uses by another: the one that overview.md makes.
 type estate struct {
 	t        testing.TB
 	postgres *postgresServer
@@ -50,25 +49,21 @@ func newEstate(t testing.TB) *estate {
 	return es
 }
 
-// settle applies the schema as the owner, and makes the role of README.md.
+// settle applies the schema as the owner, and makes the role of overview.md.
 func (es *estate) settle() {
 	es.t.Helper()
 	if out, err := es.run("agentidp", theOwner, "migrate"); err != nil {
 		es.t.Fatalf("migrate = %q, %v", out, err)
 	}
-	es.exec("agentidp", theSuperuser, readmeSQL(es.t))
+	es.exec("agentidp", theSuperuser, roleSQL(es.t))
 }
 
-// readmeSQL is the one block of SQL in README.md.
-func readmeSQL(t testing.TB) string {
+// roleSQL is the one block of SQL in overview.md.
+func roleSQL(t testing.TB) string {
 	t.Helper()
-	text, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	blocks := regexp.MustCompile("(?s)\n```sql\n(.*?)```\n").FindAllStringSubmatch(string(text), -1)
+	blocks := regexp.MustCompile("(?s)\n```sql\n(.*?)```\n").FindAllStringSubmatch(readPage(t, "overview.md"), -1)
 	if len(blocks) != 1 {
-		t.Fatalf("README.md has %d blocks of SQL, want one", len(blocks))
+		t.Fatalf("overview.md has %d blocks of SQL, want one", len(blocks))
 	}
 	return blocks[0][1]
 }
@@ -133,7 +128,7 @@ func (es *estate) serve(database string) *program {
 
 func refusedFor(err error, why string) bool { return err != nil && strings.Contains(err.Error(), why) }
 
-// grants are all that README.md gives the service.
+// grants are all that overview.md gives the service.
 var grants = []string{
 	"agents INSERT", "agents SELECT", "agents UPDATE",
 	"audit_events INSERT", "audit_events SELECT",
@@ -298,7 +293,7 @@ func TestServiceStartsOnlyOnTheSchemaThatMigrateApplied(t *testing.T) {
 	if out, err := es.run("agentidp", theOwner, "migrate"); err != nil || out != "" {
 		t.Fatalf("migrate = %q, %v", out, err)
 	}
-	es.exec("agentidp", theSuperuser, readmeSQL(t))
+	es.exec("agentidp", theSuperuser, roleSQL(t))
 	if err := start(theService); err != nil {
 		t.Errorf("after migrate, start = %v, want nil", err)
 	}
@@ -444,7 +439,7 @@ func unreadable(why string) outcome  { return outcome{says: why, http: 503} }
 func neitherEnd(why string) outcome  { return outcome{says: why, http: 200} }
 func startsNot(why string) outcome   { return outcome{says: why} }
 
-// unseen is what can't be told from what the service does. README.md says so.
+// unseen is what can't be told from what the service does. review.md says so.
 var unseen = outcome{http: 200}
 
 // How PostgreSQL refuses: by the trigger, or by what a role lacks.
@@ -740,23 +735,20 @@ var attacks = []attack{
 
 // Every attack, by the service's role, the owner of the tables and a superuser,
 // is refused, or named by the program's verify-audit with the first bad seq,
-// given a checkpoint from before. What neither sees is in README.md.
+// given a checkpoint from before. What neither sees is in review.md.
 func TestEveryAttackOnTheLogIsRefusedOrNamed(t *testing.T) {
 	t.Parallel()
 	if left := time.Until(nextMonth(time.Now())); left < time.Minute {
 		time.Sleep(left) // or the events would be in two partitions
 	}
-	text, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	text := readFile(t, "docs/review.md")
 	for _, claim := range []string{ // what is unseen below
 		"They can add events that never happened",
 		"What came after the last checkpoint can be cut off or rewritten unseen",
 		"make PostgreSQL lose what is still to come",
 	} {
-		if !strings.Contains(strings.Join(strings.Fields(string(text)), " "), claim) {
-			t.Errorf("README.md doesn't say: %s", claim)
+		if !strings.Contains(strings.Join(strings.Fields(text), " "), claim) {
+			t.Errorf("review.md doesn't say: %s", claim)
 		}
 	}
 	es := newEstate(t)
@@ -873,6 +865,6 @@ func (es *estate) wantVerdict(database, bearer, cp string, serves bool, next int
 	case want.alone && (a.body["verified"] != false || a.body["firstBadSeq"] != float64(cmp.Or(want.window, want.bad)) || a.body["checkpoint"] != nil):
 		t.Errorf("GET /audit/verify = %v, want %d bad and no checkpoint", a, want.bad)
 	case !want.alone && a.body["verified"] != true:
-		t.Errorf("GET /audit/verify = %v, want it verified, as README.md has it", a)
+		t.Errorf("GET /audit/verify = %v, want it verified, as review.md has it", a)
 	}
 }

@@ -681,9 +681,9 @@ func TestDatabasePageEqualsTheSchema(t *testing.T) {
 	}
 }
 
-// The commands of the installation give the service what README.md gives it.
-func TestInstallGrantsWhatTheReadmeGrants(t *testing.T) {
-	_, want, _ := strings.Cut(readmeSQL(t), "\n") // the first line makes the role
+// The commands of the installation give the service what overview.md gives it.
+func TestInstallGrantsWhatTheOverviewGrants(t *testing.T) {
+	_, want, _ := strings.Cut(roleSQL(t), "\n") // the first line makes the role
 	if !strings.Contains(readPage(t, "README.md"), "\n"+want+"END\n") {
 		t.Errorf("%s/README.md doesn't run this: %s", pages, want)
 	}
@@ -986,8 +986,10 @@ func TestLinksLeadSomewhere(t *testing.T) {
 	if err != nil || len(names) < 7 {
 		t.Fatalf("there are the pages %q, %v", names, err)
 	}
+	others, _ := filepath.Glob("docs/*.md")
+	more, _ := filepath.Glob("docs/developers/*.md")
 	index, found := readPage(t, "README.md"), 0
-	for _, name := range append(names, "README.md") {
+	for _, name := range slices.Concat(names, others, more, []string{"README.md", "CONTRIBUTING.md", "CHANGELOG.md"}) {
 		text, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
@@ -1016,8 +1018,48 @@ func TestLinksLeadSomewhere(t *testing.T) {
 	if found < 40 {
 		t.Errorf("found only %d links", found)
 	}
-	if text, err := os.ReadFile("README.md"); err != nil || !strings.Contains(string(text), "("+pages+"/README.md)") {
-		t.Errorf("README.md doesn't link to %s: %v", pages, err)
+	for _, page := range []string{pages + "/README.md", "docs/developers/README.md", "docs/review.md", "CONTRIBUTING.md"} {
+		if !strings.Contains(readFile(t, "README.md"), "("+page+")") {
+			t.Errorf("README.md doesn't link to %s", page)
+		}
+	}
+	if n := strings.Count(readFile(t, "README.md"), "\n"); n >= 300 {
+		t.Errorf("README.md has %d lines, which is no sitting", n)
+	}
+}
+
+// The reviewers' page has each file, in the order of the package comment, and
+// each test that it names is there.
+func TestReviewPageHasEveryRoomAndItsTests(t *testing.T) {
+	page := readFile(t, "docs/review.md")
+	rooms := regexp.MustCompile(`(?m)^//\t(\S+) +(.*)$`).FindAllStringSubmatch(readFile(t, "main.go"), -1)
+	rows := regexp.MustCompile(`(?m)^\| (\S+\.(?:go|sql)) \| (.*) \| [0-9]+ \|$`).FindAllStringSubmatch(page, -1)
+	if len(rooms) < 15 || len(rows) != len(rooms) {
+		t.Fatalf("the package comment has %d files, review.md %d", len(rooms), len(rows))
+	}
+	for i, room := range rooms {
+		if rows[i][1] != room[1] || rows[i][2] != room[2] {
+			t.Errorf("review.md has %q where main.go has %q", rows[i][1:], room[1:])
+		}
+	}
+	if n := len(goFiles(t)) + 1; n != len(rooms) {
+		t.Errorf("there are %d files, with schema.sql, and %d are listed", n, len(rooms))
+	}
+	var tests strings.Builder
+	for _, pattern := range []string{"*_test.go", "test/*_test.go"} {
+		names, _ := filepath.Glob(pattern)
+		for _, name := range names {
+			tests.WriteString(readFile(t, name))
+		}
+	}
+	named := regexp.MustCompile("`((?:Test|Fuzz)[A-Za-z0-9]+)`").FindAllStringSubmatch(page, -1)
+	for _, name := range named {
+		if !strings.Contains(tests.String(), "\nfunc "+name[1]+"(") {
+			t.Errorf("review.md names %s, which there isn't", name[1])
+		}
+	}
+	if len(named) < 30 {
+		t.Errorf("review.md names only %d tests", len(named))
 	}
 }
 
@@ -1026,14 +1068,14 @@ func TestLocalDevelopmentPageCanBePasted(t *testing.T) {
 	t.Parallel()
 	folder, script := privateFolder(t), "PORT="+steadyPort(t)+"\nexport PORT METRICS_ADDR=\n"
 	var sources []string
-	for _, pattern := range []string{"*.go", "go.*", "*.sql", "*.yaml", "*.sh", "Makefile"} {
+	for _, pattern := range []string{"*.go", "go.*", "*.sql", "*.yaml", "dev", "Makefile"} {
 		found, err := filepath.Glob(pattern)
 		if err != nil || found == nil {
 			t.Fatalf("there is no %s: %v", pattern, err)
 		}
 		sources = append(sources, found...)
 	}
-	if out, err := exec.Command("cp", append(sources, folder)...).CombinedOutput(); err != nil {
+	if out, err := exec.Command("cp", append(append([]string{"-r"}, sources...), folder)...).CombinedOutput(); err != nil {
 		t.Fatalf("copying: %v: %s", err, out)
 	}
 	blocks := runBlocks(t, "local-development.md")

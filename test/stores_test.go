@@ -623,7 +623,7 @@ func newBouncer(t *testing.T, p *postgresServer, settings ...string) string {
 	t.Helper()
 	path, err := exec.LookPath("pgbouncer")
 	if err != nil {
-		if out, err := exec.Command("./with-services.sh", "--install", "pgbouncer").CombinedOutput(); err != nil {
+		if out, err := exec.Command("./dev/with-services.sh", "--install", "pgbouncer").CombinedOutput(); err != nil {
 			t.Fatalf("PgBouncer is needed: %v: %s", err, out)
 		}
 		if path, err = exec.LookPath("pgbouncer"); err != nil {

@@ -20,17 +20,28 @@ import (
 	"time"
 )
 
-// A block is one of README.md that is fenced, and what is indented below it.
+// A block is one of a page that is fenced, and what is indented below it.
 type block struct{ kind, text, below string }
 
-func (w *world) blocks(heading string) (list []block, err error) {
-	text, err := os.ReadFile(w.root + "/README.md")
+func (w *world) blocks(page string, headings ...string) (list []block, err error) {
+	for _, heading := range headings {
+		more, err := w.section(page, heading)
+		if err != nil {
+			return nil, err
+		}
+		list = append(list, more...)
+	}
+	return list, nil
+}
+
+func (w *world) section(page, heading string) (list []block, err error) {
+	text, err := os.ReadFile(filepath.Join(w.root, page))
 	if err != nil {
 		return nil, err
 	}
 	_, section, found := strings.Cut(string(text), "\n## "+heading+"\n")
 	if !found {
-		return nil, fmt.Errorf("README.md has no section %q", heading)
+		return nil, fmt.Errorf("%s has no section %q", page, heading)
 	}
 	section, _, _ = strings.Cut(section, "\n## ")
 	for i, piece := range strings.Split(section, "\n```") {
@@ -51,7 +62,7 @@ func (w *world) blocks(heading string) (list []block, err error) {
 // walkReadme pastes the walk into a shell, block after block, and holds what is
 // printed to what README.md shows: the same answers with the same fields.
 func walkReadme(ctx context.Context, w *world, c client) {
-	list, err := w.blocks("A walk")
+	list, err := w.blocks("README.md", "A walk")
 	if err == nil && len(list) < 5 {
 		err = fmt.Errorf("README.md has %d blocks there", len(list))
 	}
@@ -121,15 +132,17 @@ func shape(value any) string {
 	return ""
 }
 
+const examplesPage = "docs/developers/examples.md"
+
 // example writes the block that starts with a comment which has this name.
 func (w *world) example(dir, name string, change func(string) string) (file string, err error) {
-	list, err := w.blocks("For the agent's developer")
+	list, err := w.blocks(examplesPage, "Agents", "Services")
 	for _, b := range list {
 		if first, _, _ := strings.Cut(b.text, "\n"); strings.HasSuffix(first, " "+name) {
 			return filepath.Join(dir, name), writeFiles(dir, map[string]string{name: change(b.text)})
 		}
 	}
-	return "", errors.Join(err, fmt.Errorf("README.md has no %s there", name))
+	return "", errors.Join(err, fmt.Errorf("%s has no %s", examplesPage, name))
 }
 
 func readmeGo(ctx context.Context, w *world, c client) {

@@ -1,9 +1,9 @@
 #!/bin/sh
-# dev.sh: what 'make run' does. Everything it makes is kept in .run, which may be deleted to begin anew.
+# run.sh: what 'make run' does. Everything it makes is kept in .run, which may be deleted to begin anew.
 set -eu
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/.."
 
-say() { echo "dev.sh: $*" >&2; }
+say() { echo "run.sh: $*" >&2; }
 
 # pass_on copies the server's log, and prints the client once requests are accepted. It outlives Ctrl-C to copy the
 # last lines, and ends with the server.
@@ -106,4 +106,4 @@ case ${LOG_LEVEL-} in
 esac
 export HOST="${HOST-127.0.0.1}"
 say "will listen on ${HOST:-all addresses}, port ${PORT:-3000} (HOST and PORT change that). Ctrl-C stops everything."
-exec ./with-services.sh --keep .run/data ./dev.sh serve "$client"
+exec ./dev/with-services.sh --keep .run/data ./dev/run.sh serve "$client"
