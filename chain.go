@@ -161,12 +161,7 @@ func appendEvents(ctx context.Context, tx querier, entries []entry, whole bool) 
 	if err := tx.SendBatch(ctx, head).Close(); err != nil {
 		return 0, fmt.Errorf("loading the head of the chain: %w", err)
 	}
-	var rows struct {
-		ids, actions, outcomes, addresses, userAgents, metadata []string
-		seqs                                                    []int64
-		agents, actors                                          []*string
-		prevHashes, hashes                                      [][]byte
-	}
+	var rows eventRows
 	for i := range entries {
 		e, n := entries[i].event, len(entries[i].takes)
 		entries[i].alive, alive = alive[:n:n], alive[n:]
@@ -179,16 +174,10 @@ func appendEvents(ctx context.Context, tx querier, entries []entry, whole bool) 
 		}
 		e.EventID, e.Seq, e.Timestamp, e.PrevHash = eventID(last.Seq+1, now), last.Seq+1, now, last.Hash
 		e.Hash = e.sum()
-		rows.ids, rows.seqs = append(rows.ids, e.EventID), append(rows.seqs, e.Seq)
-		rows.agents, rows.actors = append(rows.agents, e.AgentID), append(rows.actors, e.ActorID)
-		rows.actions, rows.outcomes = append(rows.actions, e.Action), append(rows.outcomes, e.Outcome)
-		rows.addresses, rows.userAgents = append(rows.addresses, e.IPAddress), append(rows.userAgents, e.UserAgent)
-		rows.metadata = append(rows.metadata, string(e.Metadata))
-		rows.prevHashes, rows.hashes = append(rows.prevHashes, e.PrevHash), append(rows.hashes, e.Hash)
+		rows.add(e)
 		last = e
 	}
-	// It divides by zero where a rule or a trigger of the tables' owner has swallowed one, and a transaction
-	// in which something failed does not commit.
+	// By zero where a rule or a trigger of the owner's has swallowed one: a transaction in which something failed doesn't commit.
 	tail.Queue(`
 		with stored as (
 			insert into audit_events (`+eventColumns+`)
@@ -212,6 +201,23 @@ func appendEvents(ctx context.Context, tx querier, entries []entry, whole bool) 
 		return 0, fmt.Errorf("appending to the audit log: %w", err)
 	}
 	return last.Seq, nil
+}
+
+// eventRows are the columns of events that are stored at once.
+type eventRows struct {
+	ids, actions, outcomes, addresses, userAgents, metadata []string
+	seqs                                                    []int64
+	agents, actors                                          []*string
+	prevHashes, hashes                                      [][]byte
+}
+
+func (rows *eventRows) add(e event) {
+	rows.ids, rows.seqs = append(rows.ids, e.EventID), append(rows.seqs, e.Seq)
+	rows.agents, rows.actors = append(rows.agents, e.AgentID), append(rows.actors, e.ActorID)
+	rows.actions, rows.outcomes = append(rows.actions, e.Action), append(rows.outcomes, e.Outcome)
+	rows.addresses, rows.userAgents = append(rows.addresses, e.IPAddress), append(rows.userAgents, e.UserAgent)
+	rows.metadata = append(rows.metadata, string(e.Metadata))
+	rows.prevHashes, rows.hashes = append(rows.prevHashes, e.PrevHash), append(rows.hashes, e.Hash)
 }
 
 // eventID makes the id of an event, which tells where in the log it is: a UUID

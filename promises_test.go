@@ -21,7 +21,7 @@ import (
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 4390
+const maxLines = 4388
 
 // A sourceFile is a Go file of the package, parsed.
 type sourceFile struct {
@@ -65,6 +65,13 @@ func TestSourceCanBeReadInADay(t *testing.T) {
 	total := 0
 	for _, file := range goFiles(t, false) {
 		total += strings.Count(file.text, "\n")
+		for _, declared := range file.Decls {
+			if f, ok := declared.(*ast.FuncDecl); ok { // positions count from 1, of each file by itself
+				if n := strings.Count(file.text[f.Pos()-1:f.End()-1], "\n") + 1; n > 60 {
+					t.Errorf("%s: %s has %d lines, want at most 60", file.name, f.Name.Name, n)
+				}
+			}
+		}
 	}
 	if total > maxLines {
 		t.Errorf("the source has %d lines, want at most %d", total, maxLines)
