@@ -167,14 +167,15 @@ func (s *server) revokeToken(r *request) (any, error) {
 	}
 	useless := time.Unix(c.Expires, 0).Add(24 * time.Hour)
 	e := newEvent(tokenRevoked, c.Subject, facts{"jti": c.ID})
+	notYours := errForm.because("This token was issued to another client; to revoke it takes the scope agents:write.")
 	if c.Subject != r.caller.AgentID && !r.caller.has(agentsWrite) {
-		return nil, s.refused(r, e, errForm.because("This token was issued to another client; to revoke it takes the scope agents:write."))
+		return nil, s.refused(r, e, notYours)
 	}
 	err = s.change(r, c.Subject, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		if c.Subject != r.caller.AgentID && r.caller.TokenID == "" { // what its client may is what it may now
 			a, err := loadAgent(ctx, tx, r.caller.AgentID)
-			if err == nil {
-				err = caller{scopes: a.Capabilities}.need(agentsWrite)
+			if err == nil && !slices.Contains(a.Capabilities, agentsWrite) {
+				err = notYours
 			}
 			if err != nil {
 				return event{}, err
@@ -192,5 +193,8 @@ func (s *server) revokeToken(r *request) (any, error) {
 		}
 		return e, nil
 	})
+	if errors.Is(err, notYours) {
+		err = s.refused(r, e, notYours)
+	}
 	return struct{}{}, err
 }

@@ -195,8 +195,8 @@ func TestRightThatIsTakenAwayMeanwhileRevokesNothing(t *testing.T) {
 	if got := <-taken; got.status != 200 {
 		t.Fatalf("taking it away is answered %v", got)
 	}
-	if got := <-revoked; got.status != 403 {
-		t.Errorf("revoking another's token then is answered %v, want 403", got)
+	if got := <-revoked; got.status != 400 || got.code() != "invalid_request" {
+		t.Errorf("revoking another's token then is answered %v, want 400 invalid_request", got)
 	}
 	if !p.active(other.bearer) {
 		t.Error("the other's token is revoked")
