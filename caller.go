@@ -83,45 +83,58 @@ func (c caller) ended() error {
 // areAlive tells of each origin whether it is: its credential is active, has not
 // expired and has that secret, its agent is active, and its jti is not revoked.
 func areAlive(ctx context.Context, db querier, of []origin) ([]bool, error) {
-	b := &pgx.Batch{}
-	alive := askAlive(b, of)
-	if err := db.SendBatch(ctx, b).Close(); err != nil {
+	credentials, tokens := idsOf(of)
+	rows, _ := db.Query(ctx, aliveQuery, credentials, tokens)
+	alive, err := tellAlive(rows, of)
+	if err != nil {
 		return nil, fmt.Errorf("asking what is alive: %w", err)
 	}
 	return alive, nil
 }
 
 // askAlive puts that question into a batch, which answers it.
-func askAlive(b *pgx.Batch, of []origin) (alive []bool) {
-	if len(of) == 0 {
-		return nil
+func askAlive(b *pgx.Batch, of []origin) []bool {
+	alive := make([]bool, len(of))
+	if len(of) > 0 {
+		credentials, tokens := idsOf(of)
+		b.Queue(aliveQuery, credentials, tokens).Query(func(rows pgx.Rows) error {
+			found, err := tellAlive(rows, of)
+			copy(alive, found)
+			return err
+		})
 	}
-	credentials, tokens := make([]string, len(of)), make([]string, 0, len(of))
+	return alive
+}
+
+const aliveQuery = `
+	select c.client_id::text, c.credential_id::text, c.secret_id::text, ''
+	from credentials c
+	join agents a on a.agent_id = c.client_id
+	where c.credential_id = any($1) and c.status = 'active' and a.status = 'active'
+		and (c.expires_at is null or c.expires_at > clock_timestamp())
+	union all
+	select '', '', '', jti::text
+	from token_revocations
+	where jti = any($2)`
+
+func idsOf(of []origin) (credentials, tokens []string) {
+	credentials, tokens = make([]string, len(of)), make([]string, 0, len(of))
 	for i, o := range of {
 		if credentials[i] = o.CredentialID; o.TokenID != "" {
 			tokens = append(tokens, o.TokenID)
 		}
 	}
-	alive = make([]bool, len(of))
-	b.Queue(`
-		select c.client_id::text, c.credential_id::text, c.secret_id::text, ''
-		from credentials c
-		join agents a on a.agent_id = c.client_id
-		where c.credential_id = any($1) and c.status = 'active' and a.status = 'active'
-			and (c.expires_at is null or c.expires_at > clock_timestamp())
-		union all
-		select '', '', '', jti::text
-		from token_revocations
-		where jti = any($2)`, credentials, tokens).Query(func(rows pgx.Rows) error {
-		there := map[origin]bool{}
-		found, err := pgx.CollectRows(rows, pgx.RowToStructByPos[origin])
-		for _, o := range found {
-			there[o] = true
-		}
-		for i, o := range of {
-			alive[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}] && !there[origin{TokenID: o.TokenID}]
-		}
-		return err
-	})
-	return alive
+	return credentials, tokens
+}
+
+func tellAlive(rows pgx.Rows, of []origin) ([]bool, error) {
+	found, err := pgx.CollectRows(rows, pgx.RowToStructByPos[origin])
+	there, alive := map[origin]bool{}, make([]bool, len(of))
+	for _, o := range found {
+		there[o] = true
+	}
+	for i, o := range of {
+		alive[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}] && !there[origin{TokenID: o.TokenID}]
+	}
+	return alive, err
 }

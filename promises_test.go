@@ -21,7 +21,7 @@ import (
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 4392
+const maxLines = 4405
 
 // A sourceFile is a Go file of the package, parsed.
 type sourceFile struct {
