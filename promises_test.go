@@ -277,10 +277,9 @@ func TestNoTestIsSkipped(t *testing.T) {
 	}
 }
 
-const developers = "docs/developers/README.md"
+const developers = "docs/developers/api.md"
 
-// pageTable returns the rows of the tables below a heading of the developers'
-// page, by the names in backticks in their first cell. Cells have the names in
+// pageTable returns the rows of the tables below a heading of this page, by the names in backticks in their first cell. Cells have the names in
 // the head of their table, in lower case.
 func pageTable(t *testing.T, heading string) map[string]map[string]string {
 	t.Helper()

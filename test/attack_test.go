@@ -32,7 +32,7 @@ const (
 )
 
 // An estate is a PostgreSQL with a database that one role owns and that the
-// service uses by another: the one that overview.md makes.
+// service uses by another: the one that docs/devops/README.md makes.
 type estate struct {
 	t        testing.TB
 	postgres *postgresServer
@@ -49,7 +49,8 @@ func newEstate(t testing.TB) *estate {
 	return es
 }
 
-// settle applies the schema as the owner, and makes the role of overview.md.
+// settle applies the schema as the owner, and makes the role of
+// docs/devops/README.md.
 func (es *estate) settle() {
 	es.t.Helper()
 	if out, err := es.run("agentidp", theOwner, "migrate"); err != nil {
@@ -58,14 +59,17 @@ func (es *estate) settle() {
 	es.exec("agentidp", theSuperuser, roleSQL(es.t))
 }
 
-// roleSQL is the one block of SQL in overview.md.
+// roleSQL is what the installation of docs/devops/README.md has psql do for the
+// service's role: it is made, and gets its rights.
 func roleSQL(t testing.TB) string {
 	t.Helper()
-	blocks := regexp.MustCompile("(?s)\n```sql\n(.*?)```\n").FindAllStringSubmatch(readPage(t, "overview.md"), -1)
-	if len(blocks) != 1 {
-		t.Fatalf("overview.md has %d blocks of SQL, want one", len(blocks))
+	page := readPage(t, "README.md")
+	role := regexp.MustCompile(`(?m)^create role agentidp_service .*\$service.*\n`).FindAllString(page, -1)
+	rights := regexp.MustCompile(`(?ms)^owner migrate\npsql [^\n]*<<'END'\n(.*?)^END$`).FindAllStringSubmatch(page, -1)
+	if len(role) != 1 || len(rights) != 1 || !strings.Contains(rights[0][1], "grant") {
+		t.Fatalf("docs/devops/README.md makes the role by %q and %q, want each once", role, rights)
 	}
-	return blocks[0][1]
+	return strings.Replace(role[0], "$service", "choose one", 1) + rights[0][1]
 }
 
 func (es *estate) url(database, role string) string {
@@ -128,7 +132,7 @@ func (es *estate) serve(database string) *program {
 
 func refusedFor(err error, why string) bool { return err != nil && strings.Contains(err.Error(), why) }
 
-// grants are all that overview.md gives the service.
+// grants are all that docs/devops/README.md gives the service.
 var grants = []string{
 	"agents INSERT", "agents SELECT", "agents UPDATE",
 	"audit_events INSERT", "audit_events SELECT",
