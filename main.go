@@ -44,9 +44,6 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/redis/go-redis/v9"
-	"github.com/redis/go-redis/v9/logging"
-	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
 const release = "0.2.0"
@@ -243,20 +240,12 @@ func (s *server) routes() []route {
 // for a minute; without Redis the service can do. Owner demands that the schema
 // is applied.
 func open(ctx context.Context, cfg config, owner bool) (*server, error) {
-	logging.Disable() // of go-redis: what fails is known to who asked
 	meter := newMeter()
 	db, inner, err := openPools(ctx, cfg.database, meter)
 	if err != nil {
 		return nil, err
 	}
-	var o redis.Options
-	if cfg.redis != nil { // migrate has none
-		o = *cfg.redis
-	}
-	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, 4*redisTimeout
-	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
-	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
-	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(&o, meter), meter: meter, vault: newVault()}
+	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, meter), meter: meter, vault: newVault()}
 	s.recorder = newQueue(s.storeEvents)
 	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]secretOwner, error) {
 		return loadSecretOwners(ctx, inner, shown)

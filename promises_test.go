@@ -21,7 +21,7 @@ import (
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 4405
+const maxLines = 4406
 
 // A sourceFile is a Go file of the package, parsed.
 type sourceFile struct {
@@ -190,7 +190,7 @@ var importers = map[string]string{
 	"golang.org/x/crypto":          "credential.go",
 	"os":                           "main.go config.go",
 	"embed":                        "discovery.go store.go",
-	"github.com/redis/go-redis/v9": "main.go config.go ratelimit.go",
+	"github.com/redis/go-redis/v9": "config.go ratelimit.go",
 	"unsafe":                       "",
 	"reflect":                      "",
 	"math/rand":                    "", // crypto/rand is for what nobody may guess

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
+	"github.com/redis/go-redis/v9/maintnotifications"
 )
 
 // Requests by a token are counted apart from those by a credential, so that who
@@ -177,7 +179,7 @@ func clientAddress(r *http.Request, trusted []netip.Prefix) netip.Addr {
 // connecting, writing and reading.
 const redisTimeout = 250 * time.Millisecond
 
-// A cache is Redis while the keeper (store.go) finds that it can count.
+// A cache is Redis while the keeper (keeper.go) finds that it can count.
 type cache struct {
 	*redis.Client
 	pulse // beats when it was found
@@ -197,8 +199,17 @@ type reply struct {
 	err    error
 }
 
-func newCache(o *redis.Options, m *meter) *cache {
-	c := &cache{Client: redis.NewClient(o), meter: m}
+// newCache takes where Redis is, or nil where nothing is counted.
+func newCache(where *redis.Options, m *meter) *cache {
+	logging.Disable() // what fails is known to who asked
+	var o redis.Options
+	if where != nil {
+		o = *where
+	}
+	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, 4*redisTimeout
+	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
+	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+	c := &cache{Client: redis.NewClient(&o), meter: m}
 	c.asks = newQueue(c.call)
 	return c
 }
