@@ -78,12 +78,9 @@ func (s *server) identify(r *request) error {
 	if err != nil {
 		return errInvalidToken.because("This is " + err.Error() + ".")
 	}
-	alive, err := s.lives.put(r.Context(), c.origin()).wait()
-	if err == nil && !alive {
-		err = errInvalidToken
-	}
-	if err == nil {
-		r.caller = caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
+	found := caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
+	if err = s.checkAlive(r.Context(), found); err == nil {
+		r.caller = found
 	}
 	return err
 }

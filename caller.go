@@ -72,7 +72,16 @@ func (c caller) enter(ctx context.Context, tx pgx.Tx, concerned string) error {
 	return err
 }
 
-// ended is what who was cut off meanwhile is told.
+// checkAlive refuses who isn't, together with all who ask at the same time.
+func (s *server) checkAlive(ctx context.Context, c caller) error {
+	alive, err := s.lives.put(ctx, c.origin).wait()
+	if err == nil && !alive {
+		err = c.ended()
+	}
+	return err
+}
+
+// ended is what who was cut off is told.
 func (c caller) ended() error {
 	if c.TokenID != "" {
 		return errInvalidToken

@@ -203,10 +203,8 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 	if err = rt.who(r); err == nil {
 		begun := time.Now()
 		body, err = rt.handle(r)
-		if alive := true; err == nil && rt.records == "" && time.Since(begun) > readTime { // who waited may have been cut off meanwhile
-			if alive, err = s.lives.put(ctx, r.caller.origin).wait(); err == nil && !alive {
-				err = r.caller.ended()
-			}
+		if err == nil && rt.records == "" && time.Since(begun) > readTime { // who waited may have been cut off meanwhile
+			err = s.checkAlive(ctx, r.caller)
 		}
 	}
 	return body, s.recordRefusal(r, err)
