@@ -168,18 +168,17 @@ func (s *server) revokeToken(r *request) (any, error) {
 	useless := time.Unix(c.Expires, 0).Add(24 * time.Hour)
 	e := newEvent(tokenRevoked, c.Subject, facts{"jti": c.ID})
 	notYours := errForm.because("This token was issued to another client; to revoke it takes the scope agents:write.")
-	if c.Subject != r.caller.AgentID && !r.caller.has(agentsWrite) {
-		return nil, s.refused(r, e, notYours)
-	}
 	err = s.change(r, c.Subject, func(ctx context.Context, tx pgx.Tx) (event, error) {
-		if c.Subject != r.caller.AgentID && r.caller.TokenID == "" { // what its client may is what it may now
-			a, err := loadAgent(ctx, tx, r.caller.AgentID)
-			if err == nil && !slices.Contains(a.Capabilities, agentsWrite) {
-				err = notYours
-			}
+		may := r.caller
+		if may.TokenID == "" { // a client may what its agent may now
+			a, err := loadAgent(ctx, tx, may.AgentID)
 			if err != nil {
 				return event{}, err
 			}
+			may.scopes = a.Capabilities
+		}
+		if c.Subject != may.AgentID && !may.has(agentsWrite) {
+			return event{}, notYours
 		}
 		done, err := tx.Exec(ctx, `
 			insert into token_revocations (jti, expires_at)
