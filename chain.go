@@ -177,7 +177,7 @@ func appendEvents(ctx context.Context, tx querier, entries []entry, whole bool) 
 		rows.add(e)
 		last = e
 	}
-	// By zero where a rule or a trigger of the owner's has swallowed one: a transaction in which something failed doesn't commit.
+	// It divides by zero where a rule or a trigger has swallowed one, and a transaction in which something failed doesn't commit.
 	tail.Queue(`
 		with stored as (
 			insert into audit_events (`+eventColumns+`)

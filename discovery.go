@@ -1,8 +1,6 @@
 package main
 
-import (
-	_ "embed"
-)
+import _ "embed"
 
 // showKeys is RFC 7517. A key has to be published for as long as this answer
 // may be cached before it signs.
