@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -152,4 +153,37 @@ func newDatabase(t testing.TB) string {
 	}
 	u.Path = "/" + name
 	return u.String()
+}
+
+// The page that operators have says what the source says; test/ reads that page.
+func TestPageHasEveryTimeAndSize(t *testing.T) {
+	text, err := os.ReadFile("docs/devops/architecture.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(text), "\n## Times and sizes\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	said := map[string]string{}
+	for _, row := range regexp.MustCompile("(?m)^\\| `([A-Za-z]+)` \\| ([^|]+) \\|").FindAllStringSubmatch(section, -1) {
+		said[row[1]] = row[2]
+	}
+	want := map[string]any{
+		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "drainTime": drainTime,
+		"wellFor": wellFor, "keepEvery": keepEvery, "clockTold": clockTold, "clockTrust": clockTrust,
+		"maxBodies": maxBodies, "maxBodiesOf": maxBodiesOf, "bodyTime": bodyTime, "bodyPace": bodyPace,
+		"readTime": readTime, "maxWaiting": maxWaiting, "maxBody": maxBody, "maxHeader": maxHeader, "maxInFlight": maxInFlight, "queueSize": queueSize,
+		"batchSize": batchSize, "memoSize": memoSize, "maxTokenTTL": maxTokenTTL, "clockSkew": clockSkew,
+	}
+	for name, value := range want {
+		if length, ok := value.(time.Duration); ok {
+			if d, err := time.ParseDuration(said[name]); err != nil || d != length {
+				t.Errorf("architecture.md says that %s is %q, want %v", name, said[name], value)
+			}
+		} else if said[name] != fmt.Sprint(value) {
+			t.Errorf("architecture.md says that %s is %q, want %v", name, said[name], value)
+		}
+	}
+	if len(said) != len(want) {
+		t.Errorf("architecture.md has %d times and sizes, want %d", len(said), len(want))
+	}
 }

@@ -793,7 +793,7 @@ func TestPagesHaveEveryPort(t *testing.T) {
 
 func TestPagesHaveEveryMetricAndAlert(t *testing.T) {
 	names := map[string]bool{}
-	for _, file := range goFiles(t) {
+	for _, file := range goFiles(t, false) {
 		for _, match := range regexp.MustCompile(`["\x60\n]((?:agentidp|process|go)_[a-z_]+)`).FindAllStringSubmatch(file.text, -1) {
 			names[match[1]] = true
 		}
@@ -828,7 +828,7 @@ func literal(e ast.Expr) string {
 func TestPagesHaveEveryLogLine(t *testing.T) {
 	table := pageTables(t, "operations.md", "## Log lines")
 	var messages []string
-	for _, file := range goFiles(t) {
+	for _, file := range goFiles(t, false) {
 		ast.Inspect(file.File, func(n ast.Node) bool {
 			call, ok := n.(*ast.CallExpr)
 			if !ok {
@@ -886,7 +886,7 @@ func TestPagesHaveEveryErrorOfTheStart(t *testing.T) {
 	}
 	var source strings.Builder
 	found := 0
-	for _, file := range goFiles(t) {
+	for _, file := range goFiles(t, false) {
 		ast.Inspect(file.File, func(n ast.Node) bool {
 			if e, ok := n.(ast.Expr); ok {
 				source.WriteString(literal(e) + "\n")
@@ -1104,7 +1104,7 @@ func TestReviewPageHasEveryRoomAndItsTests(t *testing.T) {
 			t.Errorf("review.md has %d minutes for %s, want about %d", minutes, room[1], want)
 		}
 	}
-	if n := len(goFiles(t)) + 1; n != len(rooms) {
+	if n := len(goFiles(t, false)) + 1; n != len(rooms) {
 		t.Errorf("there are %d files, with schema.sql, and %d are listed", n, len(rooms))
 	}
 	var tests strings.Builder

@@ -10,11 +10,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -82,13 +78,18 @@ const (
 
 func TestTimesAndSizesAreThoseOfThePage(t *testing.T) {
 	table := pageTables(t, "architecture.md", "## Times and sizes")
-	for name, want := range map[string]string{
-		"requestTimeout": "5s", "storeTimeout": "3s", "redisTimeout": "250ms", "drainTime": "1s", "keepEvery": "250ms", "bodyTime": "2s",
-		"bodyPace": fmt.Sprint(bodyPace), "maxBody": fmt.Sprint(maxBody), "maxHeader": fmt.Sprint(maxHeader), "maxBodies": fmt.Sprint(maxBodies),
-		"maxBodiesOf": fmt.Sprint(maxBodiesOf), "maxInFlight": fmt.Sprint(maxInFlight), "queueSize": fmt.Sprint(queueSize),
+	for name, here := range map[string]any{
+		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "drainTime": drainTime,
+		"keepEvery": keepEvery, "bodyTime": bodyTime, "bodyPace": bodyPace, "maxBody": maxBody, "maxHeader": maxHeader,
+		"maxBodies": maxBodies, "maxBodiesOf": maxBodiesOf, "maxInFlight": maxInFlight, "queueSize": queueSize,
 	} {
-		if said := table["in the source "+name]["is"]; said != want {
-			t.Errorf("architecture.md says that %s is %q; here it is %q", name, said, want)
+		said := table["in the source "+name]["is"]
+		if length, err := time.ParseDuration(said); err == nil {
+			if length != here {
+				t.Errorf("architecture.md says that %s is %s; here it is %v", name, said, here)
+			}
+		} else if said != fmt.Sprint(here) {
+			t.Errorf("architecture.md says that %s is %q; here it is %v", name, said, here)
 		}
 	}
 }
@@ -348,33 +349,6 @@ func release(t testing.TB) string {
 	}
 	release, _, _ := strings.Cut(strings.TrimSpace(out), "+")
 	return release
-}
-
-// A sourceFile is a Go file of the program, parsed: pages are held to it.
-type sourceFile struct {
-	name string
-	text string
-	*ast.File
-}
-
-func goFiles(t testing.TB) (list []sourceFile) {
-	t.Helper()
-	names, _ := filepath.Glob("*.go")
-	for _, name := range names {
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
-		text := readFile(t, name)
-		file, err := parser.ParseFile(token.NewFileSet(), name, text, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		list = append(list, sourceFile{name, text, file})
-	}
-	if len(list) == 0 {
-		t.Fatal("found no source")
-	}
-	return list
 }
 
 func inBackticks(cell string) (names []string) {

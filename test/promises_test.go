@@ -1,42 +1,37 @@
-package main
+package test
 
 import (
-	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
 	"maps"
-	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 )
 
 // What docs/review.md promises to those who read the source, as tests.
+
+const apiPage = "../developers/api.md"
 
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
 const maxLines = 4406
 
-// A sourceFile is a Go file of the package, parsed.
+// A sourceFile is a Go file of the program, or a test, parsed.
 type sourceFile struct {
 	name string
 	text string
 	*ast.File
 }
 
-// goFiles parses the files of the package, or all tests.
-func goFiles(t *testing.T, tests bool) (list []sourceFile) {
+// goFiles parses the files of the program, or all tests.
+func goFiles(t testing.TB, tests bool) (list []sourceFile) {
 	t.Helper()
-	names, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
+	names, _ := filepath.Glob("*.go")
 	if tests {
 		outside, _ := filepath.Glob("test/*.go")
 		names = append(names, outside...)
@@ -45,15 +40,12 @@ func goFiles(t *testing.T, tests bool) (list []sourceFile) {
 		if strings.HasSuffix(name, "_test.go") != tests {
 			continue
 		}
-		text, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
+		text := readFile(t, name)
 		file, err := parser.ParseFile(token.NewFileSet(), name, text, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		list = append(list, sourceFile{name, string(text), file})
+		list = append(list, sourceFile{name, text, file})
 	}
 	if len(list) == 0 {
 		t.Fatal("found no source")
@@ -228,12 +220,8 @@ func TestImportsStayInTheirFiles(t *testing.T) {
 }
 
 func TestThereAreThreeDependencies(t *testing.T) {
-	text, err := os.ReadFile("go.mod")
-	if err != nil {
-		t.Fatal(err)
-	}
 	var direct []string
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(readFile(t, "go.mod")) {
 		fields := strings.Fields(strings.TrimPrefix(line, "require "))
 		if len(fields) == 2 && strings.HasPrefix(fields[1], "v") {
 			direct = append(direct, fields[0])
@@ -277,80 +265,12 @@ func TestNoTestIsSkipped(t *testing.T) {
 	}
 }
 
-const developers = "docs/developers/api.md"
-
-// pageTable returns the rows of the tables below a heading of this page, by the names in backticks in their first cell. Cells have the names in
-// the head of their table, in lower case.
-func pageTable(t *testing.T, heading string) map[string]map[string]string {
-	t.Helper()
-	text, err := os.ReadFile(developers)
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, found := strings.Cut(string(text), "\n"+heading+"\n")
-	if !found {
-		t.Fatalf("%s has no heading %q", developers, heading)
-	}
-	section, _, _ = strings.Cut(section, "\n## ")
-	table := map[string]map[string]string{}
-	var head []string
-	for line := range strings.Lines(section) {
-		line = strings.TrimSpace(line)
-		if !strings.HasPrefix(line, "|") {
-			head = nil // a table has ended
-			continue
-		}
-		cells := strings.Split(strings.Trim(line, "|"), "|")
-		if head == nil {
-			for _, cell := range cells {
-				head = append(head, strings.ToLower(strings.TrimSpace(cell)))
-			}
-			continue
-		}
-		row := map[string]string{}
-		for i, cell := range cells[:min(len(cells), len(head))] {
-			row[head[i]] = strings.TrimSpace(cell)
-		}
-		for _, name := range inBackticks(cells[0]) {
-			if table[name] != nil {
-				t.Errorf("%s has %s twice below %q", developers, name, heading)
-			}
-			table[name] = row
-		}
-	}
-	return table
-}
-
-func inBackticks(cell string) (names []string) {
-	for i, piece := range strings.Split(cell, "`") {
-		if i%2 == 1 {
-			names = append(names, piece)
-		}
-	}
-	return names
-}
-
-// wantNames wants two sets of names to be one.
-func wantNames(t *testing.T, what string, page map[string]map[string]string, code []string) {
-	t.Helper()
-	for _, name := range code {
-		if page[name] == nil {
-			t.Errorf("%s lacks the %s %s", developers, what, name)
-		}
-	}
-	for name := range maps.Keys(page) {
-		if !slices.Contains(code, name) {
-			t.Errorf("%s has the %s %s, which the code hasn't", developers, what, name)
-		}
-	}
-}
-
 func TestPageHasEveryEndpoint(t *testing.T) {
 	var patterns []string
-	for _, rt := range (&server{}).routes() {
+	for _, rt := range routes(t) {
 		patterns = append(patterns, rt.pattern)
 	}
-	wantNames(t, "endpoint", pageTable(t, "## Endpoints"), patterns)
+	wantSame(t, apiPage, "endpoint", pageTables(t, apiPage, "## Endpoints"), patterns)
 }
 
 func TestPageHasEveryErrorCode(t *testing.T) {
@@ -380,38 +300,5 @@ func TestPageHasEveryErrorCode(t *testing.T) {
 	if len(seen) < 20 {
 		t.Fatalf("found only the codes %v in the source", seen)
 	}
-	wantNames(t, "error code", pageTable(t, "## Errors"), slices.Sorted(maps.Keys(seen)))
-}
-
-// The page that operators have says what the source says; test/ reads that page.
-func TestPageHasEveryTimeAndSize(t *testing.T) {
-	text, err := os.ReadFile("docs/devops/architecture.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(text), "\n## Times and sizes\n")
-	section, _, _ = strings.Cut(section, "\n## ")
-	said := map[string]string{}
-	for _, row := range regexp.MustCompile("(?m)^\\| `([A-Za-z]+)` \\| ([^|]+) \\|").FindAllStringSubmatch(section, -1) {
-		said[row[1]] = row[2]
-	}
-	want := map[string]any{
-		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "drainTime": drainTime,
-		"wellFor": wellFor, "keepEvery": keepEvery, "clockTold": clockTold, "clockTrust": clockTrust,
-		"maxBodies": maxBodies, "maxBodiesOf": maxBodiesOf, "bodyTime": bodyTime, "bodyPace": bodyPace,
-		"readTime": readTime, "maxWaiting": maxWaiting, "maxBody": maxBody, "maxHeader": maxHeader, "maxInFlight": maxInFlight, "queueSize": queueSize,
-		"batchSize": batchSize, "memoSize": memoSize, "maxTokenTTL": maxTokenTTL, "clockSkew": clockSkew,
-	}
-	for name, value := range want {
-		if length, ok := value.(time.Duration); ok {
-			if d, err := time.ParseDuration(said[name]); err != nil || d != length {
-				t.Errorf("architecture.md says that %s is %q, want %v", name, said[name], value)
-			}
-		} else if said[name] != fmt.Sprint(value) {
-			t.Errorf("architecture.md says that %s is %q, want %v", name, said[name], value)
-		}
-	}
-	if len(said) != len(want) {
-		t.Errorf("architecture.md has %d times and sizes, want %d", len(said), len(want))
-	}
+	wantSame(t, apiPage, "code", pageTables(t, apiPage, "## Errors"), slices.Sorted(maps.Keys(seen)))
 }
