@@ -30,7 +30,7 @@ import (
 // How long the steps of a rotation take here. An operator waits five minutes
 // before the next key signs, since the keys may be cached so long; jose, as it
 // is by default, needs half a minute. keyfunc refreshes more often than the wait
-// is long, as README.md has it: by itself it fetches a key that it doesn't know
+// is long, as docs/developers/examples.md has it: by itself it fetches a key that it doesn't know
 // once in five minutes, and if two tokens ask for that at once refuses the second.
 const (
 	untilSigning   = 32 * time.Second
@@ -38,7 +38,7 @@ const (
 	rotationTTL    = 15 * time.Second
 )
 
-// rotateUnderLoad rotates the key by the steps of README.md, restarting two
+// rotateUnderLoad rotates the key by the steps of docs/devops/security.md, restarting two
 // copies one at a time, while tokens are issued and verified all the time, by
 // clients that are started once.
 func rotateUnderLoad(ctx context.Context, w *world, c client) {
