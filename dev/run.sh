@@ -6,17 +6,30 @@ cd "$(dirname "$0")/.."
 say() { echo "run.sh: $*" >&2; }
 
 # pass_on copies the server's log, and prints the client once requests are accepted. It outlives Ctrl-C to copy the
-# last lines, and ends with the server.
+# last lines, and ends with the server. Where nobody can read them any more, the server ends too.
 pass_on() {
-	trap '' HUP INT TERM
+	trap '' HUP INT TERM PIPE
 	while IFS= read -r line; do
-		printf '%s\n' "$line" >&2
+		printf '%s\n' "$line" >&2 || :
 		case $line in
 		*'"msg":"serving"'*)
 			[ ! -s "$client" ] || show_client
-			exec cat >&2
+			break
 			;;
 		esac
+	done
+	cat >&2 || {
+		kill $$
+		exec cat >/dev/null
+	}
+}
+
+# hang_up ends the server with its terminal. By itself the server would take a signal for one to read its keys again, and
+# where make leads the session it gets none.
+hang_up() {
+	trap '' HUP INT TERM
+	until timeout 1 tail -s 0.2 --pid=$$ -f /dev/null; do
+		[ -z "$terminal" ] || [ -t 2 ] || kill $$ || :
 	done
 }
 
@@ -33,7 +46,7 @@ show_client() {
 
 # serve runs inside with-services.sh and becomes the server.
 serve() {
-	client=$1
+	client=$1 terminal=$2
 	if [ ! -s "$client" ]; then
 		if .run/agentidp bootstrap first-agent@example.com >"$client.$$"; then
 			mv "$client.$$" "$client"
@@ -44,8 +57,9 @@ serve() {
 	fi
 	for name in DATABASE_URL REDIS_URL JWT_PRIVATE_KEY JWT_PRIVATE_KEY_FILE JWT_PUBLIC_KEY ISSUER PORT HOST; do
 		eval "value=\${$name-}"
-		[ -z "$value" ] || printf "%s='%s'\n" "$name" "$value"
+		[ -z "$value" ] || printf "%s='%s'\n" "$name" "$(printf %s "$value" | sed "s/'/'\\\\''/g")"
 	done >.run/env
+	hang_up &
 	mkfifo ".run/log.$$"
 	pass_on <".run/log.$$" &
 	exec 2>".run/log.$$"
@@ -54,15 +68,16 @@ serve() {
 }
 
 if [ "${1-}" = serve ]; then
-	serve "$2"
+	serve "$2" "$3"
 fi
+[ -t 2 ] && terminal=y || terminal=
 
 mkdir -p -m 700 .run
 command -v go >/dev/null || {
 	say "Go is needed (go.mod has the version), and 'go' is not on PATH"
 	exit 69
 }
-say "building .run/agentidp"
+say "building .run/agentidp, which takes a minute where nothing is compiled yet"
 go build -o ".run/agentidp.$$" .
 mv ".run/agentidp.$$" .run/agentidp # another copy may be running
 umask 077
@@ -106,4 +121,4 @@ case ${LOG_LEVEL-} in
 esac
 export HOST="${HOST-127.0.0.1}"
 say "will listen on ${HOST:-all addresses}, port ${PORT:-3000} (HOST and PORT change that). Ctrl-C stops everything."
-exec ./dev/with-services.sh --keep .run/data ./dev/run.sh serve "$client"
+exec ./dev/with-services.sh --keep .run/data ./dev/run.sh serve "$client" "$terminal"

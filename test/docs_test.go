@@ -1139,10 +1139,10 @@ func TestReviewPageHasEveryRoomAndItsTests(t *testing.T) {
 	}
 }
 
-// 'make run' is run as pasted, in a copy of the source.
-func TestLocalDevelopmentPageCanBePasted(t *testing.T) {
-	t.Parallel()
-	folder, script := privateFolder(t), "PORT="+steadyPort(t)+"\nexport PORT METRICS_ADDR=\n"
+// sourceCopy is a folder with what 'make run' takes.
+func sourceCopy(t *testing.T) string {
+	t.Helper()
+	folder := privateFolder(t)
 	var sources []string
 	for _, pattern := range []string{"*.go", "go.*", "*.sql", "*.yaml", "dev", "Makefile"} {
 		found, err := filepath.Glob(pattern)
@@ -1154,6 +1154,23 @@ func TestLocalDevelopmentPageCanBePasted(t *testing.T) {
 	if out, err := exec.Command("cp", append(append([]string{"-r"}, sources...), folder)...).CombinedOutput(); err != nil {
 		t.Fatalf("copying: %v: %s", err, out)
 	}
+	return folder
+}
+
+// outsideEnv is the environment of who runs no tests, and this.
+func outsideEnv(more ...string) (env []string) {
+	for _, variable := range os.Environ() {
+		if name, _, _ := strings.Cut(variable, "="); !strings.HasSuffix(name, "_URL") && !strings.HasPrefix(name, "MAKE") && name != "MFLAGS" {
+			env = append(env, variable)
+		}
+	}
+	return append(env, more...)
+}
+
+// 'make run' is run as pasted, in a copy of the source.
+func TestLocalDevelopmentPageCanBePasted(t *testing.T) {
+	t.Parallel()
+	folder, script := sourceCopy(t), "PORT="+steadyPort(t)+"\nexport PORT METRICS_ADDR=\n"
 	blocks := runBlocks(t, "local-development.md")
 	if len(blocks) != 2 {
 		t.Fatalf("local-development.md has %d blocks to run, want 2", len(blocks))
@@ -1174,12 +1191,7 @@ func TestLocalDevelopmentPageCanBePasted(t *testing.T) {
 	cmd := exec.Command("sh", "-eu", "-c", script)
 	var out logBuffer
 	cmd.Dir, cmd.Stdout, cmd.Stderr = folder, &out, &out
-	for _, variable := range os.Environ() {
-		if name, _, _ := strings.Cut(variable, "="); !strings.HasSuffix(name, "_URL") && !strings.HasPrefix(name, "MAKE") && name != "MFLAGS" {
-			cmd.Env = append(cmd.Env, variable)
-		}
-	}
-	cmd.Env = append(cmd.Env, "PATH="+folder+"/bin:"+os.Getenv("PATH"))
+	cmd.Env = outsideEnv("PATH=" + folder + "/bin:" + os.Getenv("PATH"))
 	shell := startProcess(t, cmd, syscall.SIGKILL)
 	select {
 	case <-shell.exited:

@@ -108,6 +108,12 @@ func (p *process) kill() {
 	<-p.exited
 }
 
+// wait returns how it has ended by itself.
+func (p *process) wait() error {
+	<-p.exited
+	return p.err
+}
+
 // stop asks it to stop by a signal, and returns how it has ended.
 func (p *process) stop(t testing.TB, sig syscall.Signal) error {
 	t.Helper()
