@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -74,26 +75,34 @@ var email = matching("must be an e-mail address of at most 255 characters", func
 	return len(s) <= 255 && emailPattern.MatchString(s)
 })
 
-// readCapabilities names the first that is wrong.
+// maxScope is the bytes of a scope, so that a token fits into the 8 kB that proxies
+// take as a header.
+const maxScope = 4 << 10
+
+// readCapabilities names all that are wrong.
 func readCapabilities(value any) (list []string, err error) {
 	values, ok := value.([]any)
 	if !ok || len(values) < 1 || len(values) > 64 {
 		return nil, errors.New("must be a list of 1 to 64 texts")
 	}
+	var wrong []string
 	for _, value := range values {
 		c, _ := value.(string)
 		switch resource, action, _ := strings.Cut(c, ":"); {
 		case len(c) > 100 || !capabilityPattern.MatchString(c):
-			err = fmt.Errorf("%q must be resource:action or resource:* in lower case, of at most 100 characters", clip(fmt.Sprint(value)))
+			wrong = append(wrong, fmt.Sprintf("%q must be resource:action or resource:* in lower case, of at most 100 characters", clip(fmt.Sprint(value))))
 		case action == "*" && slices.Contains([]string{"agents", "tokens", "audit", "credentials"}, resource):
-			err = fmt.Errorf("%q is refused: name each action of agents, tokens, audit and credentials", clip(c))
+			wrong = append(wrong, fmt.Sprintf("%q is refused: name each action of agents, tokens, audit and credentials", clip(c)))
 		case slices.Contains(list, c):
-			err = fmt.Errorf("%q is there twice", clip(c))
-		}
-		if err != nil {
-			return nil, err
+			wrong = append(wrong, fmt.Sprintf("%q is there twice", clip(c)))
 		}
 		list = append(list, c)
+	}
+	if len(strings.Join(list, " ")) > maxScope {
+		wrong = append(wrong, fmt.Sprintf("must have at most %d characters together: a token carries them all, and proxies refuse long headers", maxScope))
+	}
+	if wrong != nil {
+		return nil, errors.New(strings.Join(wrong, "; "))
 	}
 	return list, nil
 }
@@ -130,7 +139,7 @@ func (s *server) createAgent(r *request) (any, error) {
 		return newEvent(agentCreated, a.AgentID, facts{"agent": q}), err
 	})
 	if err == nil {
-		r.out.Set("Location", "/api/v1/agents/"+a.AgentID)
+		r.out.Set("Location", s.cfg.path()+"/api/v1/agents/"+a.AgentID)
 	}
 	return a, err
 }
@@ -139,6 +148,9 @@ func (s *server) listAgents(r *request) (any, error) {
 	in := readQuery(r)
 	part, args := in.span(), pgx.NamedArgs{
 		"owner": take(in, "owner", owner), "type": take(in, "agentType", oneOf(agentTypes)), "status": take(in, "status", oneOf(statuses)),
+		"email": take(in, "email", email), "env": take(in, "deploymentEnv", oneOf(environments)),
+		"capability": take(in, "capability", matching("must be resource:action or resource:* in lower case", capabilityPattern.MatchString)),
+		"q":          take(in, "q", owner), // a text like those that it is looked for in
 	}
 	if err := in.problem(); err != nil {
 		return nil, err
@@ -147,7 +159,11 @@ func (s *server) listAgents(r *request) (any, error) {
 		from agents
 		where (@owner::text is null or owner = @owner)
 			and (@type::text is null or agent_type = @type)
-			and (@status::text is null or status = @status)`, `
+			and (@status::text is null or status = @status)
+			and (@email::text is null or lower(email) = lower(@email))
+			and (@env::text is null or deployment_env = @env)
+			and (@capability::text is null or @capability = any(capabilities))
+			and (@q::text is null or position(lower(@q) in lower(email || ' ' || owner)) > 0)`, `
 		order by agent_id desc`)
 	return p, err
 }
@@ -160,6 +176,10 @@ func (s *server) updateAgent(r *request) (any, error) {
 	q, err := decode(r, func(in *inputs) agentChange {
 		if len(in.values) == 0 {
 			in.faults["body"] = "must have at least one field that is to change"
+		}
+		if _, given := in.values["email"]; given {
+			delete(in.values, "email")
+			in.faults["email"] = "can't be changed, since it names the agent to people; register another agent"
 		}
 		q := readAgentChange(in)
 		q.Status = take(in, "status", oneOf(statuses))
@@ -210,6 +230,11 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 		if err != nil {
 			return event{}, err
 		}
+		if manages(old) && !manages(a) {
+			if left, err := hasManager(ctx, tx); err != nil || !left {
+				return event{}, cmp.Or(err, error(errLastManager))
+			}
+		}
 		did := agentUpdated
 		if a.Status != old.Status {
 			did = map[string]string{"active": agentReactivated, "suspended": agentSuspended, "decommissioned": agentDecommissioned}[a.Status]
@@ -220,6 +245,20 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 		return newEvent(did, id, facts{"changes": q}), err
 	})
 	return a, err
+}
+
+func manages(a agent) bool {
+	return a.Status == "active" && slices.Contains(a.Capabilities, agentsWrite)
+}
+
+// hasManager tells whether anybody is left who can manage agents. It holds a lock
+// until the transaction ends, so that two don't leave because of each other.
+func hasManager(ctx context.Context, tx pgx.Tx) (has bool, err error) {
+	if err = execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err == nil {
+		err = tx.QueryRow(ctx, `
+			select exists (select from agents where status = 'active' and 'agents:write' = any(capabilities))`).Scan(&has)
+	}
+	return has, err
 }
 
 // checkAgentLimit holds a lock until the transaction ends, so that of two

@@ -39,16 +39,19 @@ func (s *server) bearer(scope string, own ...string) func(*request) error {
 // proved itself can always revoke: no limit is in the way.
 func (s *server) bearerOrClient(scope string) func(*request) error {
 	return func(r *request) (err error) {
+		revokes := r.route.records == tokenRevoked
 		switch {
 		case !r.presents("Bearer"):
-			if err = s.authenticateClient(r); err == nil && r.route.records != tokenRevoked {
-				_, err = s.spend(r, byCredential, "")
+			if err = s.authenticateClient(r); err == nil && !revokes {
+				_, err = s.spend(r, introspect+byCredential, "")
 			}
 		case r.form.Get("client_secret") != "":
 			err = errTwoMethods
 		default:
-			if err = s.identify(r); err == nil {
+			if err = s.identify(r); err == nil && revokes {
 				_, err = s.spend(r, byToken, "")
+			} else if err == nil {
+				_, err = s.spend(r, introspect+byToken, "")
 			}
 		}
 		if err == nil {
@@ -67,6 +70,9 @@ func (s *server) identify(r *request) error {
 	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	if !strings.EqualFold(scheme, "Bearer") {
 		return errNoToken
+	}
+	if secret(strings.TrimLeft(token, " ")).wellFormed() {
+		return errInvalidToken.because("This is a client_secret, and no token; trade it for one at POST /api/v1/token.")
 	}
 	c, err := s.keys.Load().verify(strings.TrimLeft(token, " "), s.cfg.issuer)
 	if err == nil && !slices.Contains(c.Audience, s.cfg.issuer) {
@@ -174,6 +180,9 @@ func clientSecret(r *request) (id string, plain secret, err error) {
 	id, plain = r.form.Get("client_id"), secret(r.form.Get("client_secret"))
 	header := r.Header.Get("Authorization")
 	if header == "" {
+		if plain == "" && strings.Contains(r.URL.RawQuery, "client_secret=") {
+			return "", "", errNoClient.because("The client_secret is in the URL, which proxies log: rotate it, and send it by HTTP Basic or in the body.")
+		}
 		if plain == "" {
 			return "", "", errNoClient
 		}

@@ -23,7 +23,7 @@ func FuzzBasic(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, header, id, plain, form string) {
 		ask := func(header string, form url.Values) (string, secret, error) {
-			r := &request{Request: &http.Request{Header: http.Header{"Authorization": {header}}}, form: form}
+			r := &request{Request: &http.Request{URL: &url.URL{}, Header: http.Header{"Authorization": {header}}}, form: form}
 			gotID, got, err := clientSecret(r)
 			if p, ok := errors.AsType[*problem](err); err != nil && (!ok || p.status != 400 && p.status != 401 || p.oauth == "" || gotID+got.reveal() != "") {
 				t.Errorf("clientSecret of %q and %q = %v, want a problem of a token endpoint alone", header, form, err)

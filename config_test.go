@@ -19,8 +19,16 @@ func goodEnvironment() map[string]string {
 
 func TestVariablesAreChecked(t *testing.T) {
 	for name, values := range map[string][]string{
-		"DATABASE_URL":          {"postgres://u:canary@h:notaport/db", "postgres://%zz", "host"},
-		"REDIS_URL":             {"http://u:canary@h", "redis://h/notanumber", "h:6379", "redis://h:1\n"},
+		"DATABASE_URL": {
+			"postgres://u:canary@h:notaport/db", "postgres://%zz", "host", "postgres://u:p@canary@127.0.0.1/db", "postgres://u:p/canary@127.0.0.1/db",
+			"postgres://u:12#canary@h/db", "postgres://u:12?canary@h/db", "postgres://u:canary%s@h/db", "postgres://u:can ary@h/db",
+			"host=h password=a canary", "u:canary@h/db", "postgres:/u:canary@h/db", "postgres://u:p@h/canary@x",
+		},
+		"REDIS_URL": {
+			"http://u:canary@h", "redis://h/notanumber", "h:6379", "redis://h:1\n", "redis://default:p@canary@127.0.0.1:5/0",
+			"redis://default:12#canary@h", "redis://default:12?canary@h:1", "redis://default:p/canary@127.0.0.1", "redis://h/0?password=canary@y&master_name=m",
+			"redis://h/0?canary=1", "redis://h:26379?master_name=m&addr=canary",
+		},
 		"JWT_PRIVATE_KEY":       {"canary", testKey() + testKey(), strings.Replace(testKey(), "M", "N", 1), testKey()[:100]},
 		"JWT_PUBLIC_KEY":        {"canary", testKey()},
 		"PORT":                  {"-1", "65536", "http", "30 00", "0x10", "3000.0"},
@@ -33,6 +41,7 @@ func TestVariablesAreChecked(t *testing.T) {
 		"CORS_ORIGIN":           {"*", "null", "https://a.example/", "https://a.example https://b.example", "a.example", "https://"},
 		"TRUSTED_PROXIES":       {"10.0.0.1", "10.0.0.0/33", "proxy", "10.0.0.0/8;10.0.0.0/8"},
 		"METRICS_ADDR":          {"9090", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:65536", "127.0.0.1:-1", "http://127.0.0.1:9090", "::1:9090", "127.0.0.1:9090/metrics"},
+		"DRAIN_TIME":            {"-1s", "5m1s", "301", "soon"},
 		"LOG_LEVEL":             {"loud", "0x"},
 	} {
 		for _, value := range values {
@@ -47,8 +56,8 @@ func TestVariablesAreChecked(t *testing.T) {
 		}
 	}
 	for name, values := range map[string][]string{
-		"DATABASE_URL":          {"postgres:///db?host=/run/postgresql", "host=localhost user=u"},
-		"REDIS_URL":             {"unix:///run/redis.sock?db=1", "rediss://h"},
+		"DATABASE_URL":          {"postgres:///db?host=/run/postgresql", "host=localhost user=u", "postgres://u:p%40ss%2Fw%23%3F%25@h/db", "postgres://u:p:w@h,h2:5433/db"},
+		"REDIS_URL":             {"unix:///run/redis.sock?db=1", "rediss://h", "redis://default:p%40ss%2Fw%23%3F@h", "redis://h:26379/1?addr=h2:26379&master_name=m&password=p%40"},
 		"JWT_PRIVATE_KEY":       {strings.ReplaceAll(testKey(), "\n", `\n`)},
 		"PORT":                  {"0", "1", "65535"},
 		"HOST":                  {"127.0.0.1", "::1"},
@@ -61,6 +70,7 @@ func TestVariablesAreChecked(t *testing.T) {
 		"CORS_ORIGIN":           {"https://a.example", "http://localhost:5173"},
 		"TRUSTED_PROXIES":       {"10.0.0.0/8", "10.0.0.0/8,::1/128", " 10.0.0.0/8 , ::1/128 "},
 		"METRICS_ADDR":          {"", "127.0.0.1:0", "0.0.0.0:9090", ":9090", "[::1]:9090", "localhost:9090"},
+		"DRAIN_TIME":            {"0", "0s", "10", "5m"},
 		"LOG_LEVEL":             {"debug", "info", "warn", "error", "ERROR"},
 	} {
 		for _, value := range values {
@@ -141,5 +151,21 @@ func TestMetricsCanBeSwitchedOff(t *testing.T) {
 	env["PORT"] = "" // of all others, empty is as if it weren't there
 	if cfg, err := loadConfig(lookup(env)); err != nil || cfg.port != 3000 {
 		t.Errorf("with PORT set to nothing, it is %d, %v, want 3000", cfg.port, err)
+	}
+}
+
+// What is no secret is shown, and what is off is said.
+func TestFaultsOfTheEnvironmentTeach(t *testing.T) {
+	for name, row := range map[string]struct{ value, want string }{
+		"PORT":         {"abc", "PORT is not right, it was abc: port to listen on"},
+		"ISSUER":       {"https://u:canary@h", "ISSUER is not right, it was h: "},
+		"DATABASE_URL": {"postgres://u:p@canary@h/db", "in a password @ is written %40"},
+		"REDIS_URL":    {"redis://:12#canary@h", "in a password @ is written %40"},
+	} {
+		env := goodEnvironment()
+		env[name] = row.value
+		if _, err := loadConfig(lookup(env)); err == nil || !strings.Contains(err.Error(), row.want) || strings.Contains(err.Error(), "canary") {
+			t.Errorf("loadConfig with %s=%q = %v, want %q", name, row.value, err, row.want)
+		}
 	}
 }

@@ -175,8 +175,9 @@ func checkCredential(ctx context.Context, tx pgx.Tx, agentID, credentialID strin
 }
 
 // bootstrap registers the first agent, with all of our scopes, and prints its
-// client_id and client_secret.
-func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer) error {
+// client_id and client_secret. Where others may manage agents it refuses, unless
+// they are said to be lost.
+func (s *server) bootstrap(ctx context.Context, address string, othersAreLost bool, stdout io.Writer) error {
 	if _, err := email(address); err != nil {
 		return fmt.Errorf("the email %w", err)
 	}
@@ -190,27 +191,24 @@ func (s *server) bootstrap(ctx context.Context, address string, stdout io.Writer
 		return err
 	}
 	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: s.newID()}
-	var a agent
-	err = s.change(operator, "", func(ctx context.Context, tx pgx.Tx) (event, error) {
-		if err := execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err != nil {
+	return s.change(operator, "", func(ctx context.Context, tx pgx.Tx) (event, error) {
+		has, err := hasManager(ctx, tx)
+		if err == nil && has && !othersAreLost {
+			err = errors.New("an active agent may hold agents:write already; let it register others, or use recover if it is lost")
+		}
+		if err != nil {
 			return event{}, err
 		}
-		var done bool
-		err := tx.QueryRow(ctx, `
-			select exists (select from agents where status = 'active' and 'agents:write' = any(capabilities))`).Scan(&done)
-		if err != nil || done {
-			return event{}, errors.Join(err, errors.New("an active agent may hold agents:write already; let it register others"))
-		}
-		if a, err = insertAgent(ctx, tx, s.newID(), q); err != nil {
+		a, err := insertAgent(ctx, tx, s.newID(), q)
+		if err != nil {
 			return event{}, err
 		}
 		c, err := storeSecret(ctx, tx, secretRow{s.newID(), a.AgentID, plain.prefix(), hash, s.newID(), nil})
-		return newEvent(agentCreated, a.AgentID, facts{"agent": q, "credentialId": c.CredentialID}), err
+		if err == nil { // before it is there: nobody could use one whose secret was not printed
+			_, err = fmt.Fprintf(stdout, "client_id: %s\nclient_secret: %s\n", a.AgentID, plain.reveal())
+		}
+		return newEvent(agentCreated, a.AgentID, facts{"agent": q, "credentialId": c.CredentialID, "recovers": othersAreLost}), err
 	})
-	if err == nil {
-		fmt.Fprintf(stdout, "client_id: %s\nclient_secret: %s\n", a.AgentID, plain.reveal())
-	}
-	return err
 }
 
 // A secret is a client secret in clear. However it is printed or logged, it

@@ -52,6 +52,11 @@ type route struct {
 	records string // the action that a refusal of it is recorded as; "" where it changes nothing
 }
 
+// isCheck is true of what balancers ask all the time.
+func (rt route) isCheck() bool {
+	return slices.Contains([]string{"GET /health", "GET /livez", "GET /readyz"}, rt.pattern)
+}
+
 type envelope bool
 
 const (
@@ -80,15 +85,31 @@ var (
 
 // front stands before the mux. Only a clean path reaches that, or it would
 // redirect, and a client would send its secret twice. What the mux would say
-// itself is said in our form.
+// itself is said in our form. The path of the issuer may be in front, where no
+// proxy takes it away; and behind a well-known one.
 func (s *server) front(routes []route) http.Handler {
-	mux := http.NewServeMux()
+	mux, prefix := http.NewServeMux(), s.cfg.path()
 	for _, rt := range routes {
 		mux.HandleFunc(rt.pattern, func(w http.ResponseWriter, r *http.Request) { s.answer(rt, w, r) })
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p, refusal := r.URL.EscapedPath(), headerOnly{}
-		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(strings.HasPrefix(p, "/api/v1/token"))}
+		if prefix != "" && pathPattern.MatchString(p) && (!strings.HasPrefix(p, "/api/v1/") || strings.HasPrefix(p, prefix+"/api/v1/")) {
+			if strings.HasPrefix(p, "/.well-known/") {
+				p = strings.TrimSuffix(p, prefix)
+			} else if rest, ok := strings.CutPrefix(p, prefix+"/"); ok {
+				p = "/" + rest
+			}
+			r.URL.Path, r.URL.RawPath = p, ""
+		}
+		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(p == "/api/v1/token" || strings.HasPrefix(p, "/api/v1/token/"))}
+		if cleaned, err := http.NewRequest(r.Method, strings.TrimSuffix(p, "/"), nil); err == nil && strings.HasSuffix(p, "/") {
+			if _, pattern := mux.Handler(cleaned); pattern != "" {
+				none.handle = refuse(errNotFound.because("There is nothing at this path; without the slash at its end there is."))
+			}
+		} else if !pathPattern.MatchString(p) {
+			none.handle = refuse(errNotFound.because("There is nothing at this path, and ids are UUIDs in lower case; GET /api/v1/agents?email= finds an agent."))
+		}
 		// Go reads on after a body that a proxy may have measured otherwise (RFC 9112, section 6.1), and
 		// of HTTP/1.0 doesn't even say that there was a Transfer-Encoding.
 		if r.TransferEncoding != nil || !r.ProtoAtLeast(1, 1) {
@@ -129,12 +150,12 @@ func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (preflight 
 		return false
 	}
 	h.Set("Access-Control-Allow-Origin", s.cfg.corsOrigin)
-	h.Set("Access-Control-Expose-Headers", "Retry-After, RateLimit, RateLimit-Policy, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-Id")
+	h.Set("Access-Control-Expose-Headers", "WWW-Authenticate, Location, Retry-After, RateLimit, RateLimit-Policy, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-Id")
 	if r.Method != http.MethodOptions || r.Header.Get("Access-Control-Request-Method") == "" {
 		return false
 	}
 	h.Set("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE")
-	h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id")
+	h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, MCP-Protocol-Version, X-Request-Id")
 	h.Set("Access-Control-Max-Age", "600")
 	return true
 }
@@ -149,6 +170,9 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 	r.out.Set("X-Request-Id", r.id)
 	r.out.Set("X-Content-Type-Options", "nosniff")
 	r.out.Set("Cache-Control", "no-store")
+	if rt.form == oauth {
+		r.out.Set("Pragma", "no-cache") // RFC 6749, section 5.1
+	}
 	body, err := s.handle(w, r)
 	status, code := rt.success, ""
 	if err != nil {
@@ -164,9 +188,14 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 	if code != "" {
 		s.meter.add(1, "agentidp_refusals_total", `reason="`+code+`"`)
 	}
-	slog.Info("request", "method", clip(in.Method), "route", rt.pattern, "status", status, "code", code,
-		"ms", float64(time.Since(begun).Microseconds())/1000, "requestId", r.id,
-		"clientId", r.caller.AgentID, "ip", r.addr.String())
+	line := []any{"method", clip(in.Method), "route", rt.pattern, "status", status, "code", code,
+		"ms", float64(time.Since(begun).Microseconds()) / 1000, "requestId", r.id,
+		"clientId", r.caller.AgentID, "ip", r.addr.String()}
+	if rt.isCheck() {
+		slog.Debug("check", line...)
+	} else {
+		slog.Info("request", line...)
+	}
 }
 
 // handle returns the answer of a route, or why there is none. The body is read
@@ -259,10 +288,10 @@ func (s *server) fail(r *request, rt route, err error) (status int, code string,
 // challenge says how to authenticate: in the way that was tried (RFC 6749,
 // section 5.2), with the reason beside it (RFC 6750, section 3), which isn't
 // there where nothing was tried. Who needs a token is told where to read of whom
-// to ask for it (RFC 9728, section 5.1). A secret in the form has no challenge.
+// to ask for it (RFC 9728, section 5.1).
 func (s *server) challenge(r *request, form envelope, p *problem) {
 	const realm = ` realm="agentidp"`
-	bearer := "Bearer" + realm + `, resource_metadata="` + s.cfg.issuer + `/.well-known/oauth-protected-resource"`
+	bearer := "Bearer" + realm + `, resource_metadata="` + s.cfg.wellKnown("oauth-protected-resource") + `"`
 	reason := `, error="` + p.oauth + `", error_description="` + p.message + `"`
 	if p.scope != "" {
 		reason += `, scope="` + p.scope + `"`
@@ -272,9 +301,9 @@ func (s *server) challenge(r *request, form envelope, p *problem) {
 		r.out.Set("WWW-Authenticate", bearer+reason)
 	case form == rest:
 		r.out.Set("WWW-Authenticate", bearer)
-	case r.Header.Get("Authorization") != "":
+	case r.Header.Get("Authorization") != "" || r.form.Get("client_secret") != "":
 		r.out.Set("WWW-Authenticate", "Basic"+realm+reason)
-	case r.form.Get("client_secret") == "":
+	default:
 		r.out.Set("WWW-Authenticate", "Basic"+realm)
 	}
 }

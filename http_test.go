@@ -69,13 +69,17 @@ func (s *server) quick(t *testing.T) (address string) {
 	web := s.web()
 	for name, d := range map[string]*time.Duration{
 		"ReadHeaderTimeout": &web.ReadHeaderTimeout, "ReadTimeout": &web.ReadTimeout,
-		"WriteTimeout": &web.WriteTimeout, "IdleTimeout": &web.IdleTimeout,
+		"WriteTimeout": &web.WriteTimeout,
 	} {
 		if *d <= 0 || *d > 2*time.Minute {
 			t.Errorf("%s = %s, want one of at most two minutes", name, *d)
 		}
 		*d /= faster
 	}
+	if web.IdleTimeout < 10*time.Minute || web.IdleTimeout > time.Hour { // longer than balancers keep a connection
+		t.Errorf("IdleTimeout = %s, want one of 10 minutes to an hour", web.IdleTimeout)
+	}
+	web.IdleTimeout = 6 * time.Second
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

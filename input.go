@@ -67,6 +67,9 @@ func decode[T any](r *request, read func(*inputs) T) (q T, err error) {
 	if first, _ := d.Token(); first != json.Delim('{') || !utf8.Valid(r.body) {
 		wrong = "doesn't begin with {, or isn't UTF-8"
 	}
+	if len(r.body) == 0 {
+		wrong = "is empty; it must be a JSON object, if only {}"
+	}
 	for wrong == "" && d.More() {
 		var value any
 		token, err := d.Token()

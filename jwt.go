@@ -41,8 +41,6 @@ var (
 	// errBadToken says that a token is not ours. Why it isn't is nobody's
 	// business but its issuer's, so there is only one of it.
 	errBadToken = errors.New("no token that this service has signed, whole and unchanged; get one from POST /api/v1/token")
-
-	errKey = errors.New("not RSA keys of 2048 to 8192 bits or P-256 keys, in PEM")
 )
 
 // claims are those of an access token (RFC 9068, section 2.2). The order here
@@ -241,8 +239,11 @@ func newKeyset(text string) (*keyset, error) {
 		return nil, err
 	}
 	private, ok := keys[0].(crypto.Signer)
-	if !ok || len(keys) != 1 {
-		return nil, errKey
+	if !ok {
+		return nil, errors.New("it is a public key, and the private one is needed")
+	}
+	if len(keys) != 1 {
+		return nil, errors.New("it has more than one key; those of before go to JWT_PUBLIC_KEY, in public form")
 	}
 	k := &keyset{private: private}
 	return k, k.add(private.Public())
@@ -262,17 +263,22 @@ func (k *keyset) publish(text string) error {
 	return err
 }
 
-// parsePEM fails where there is anything but keys. \n may stand for a new
-// line: many tools can't put those in a variable.
+var errPEM = errors.New("it is not PEM: whole blocks from -----BEGIN to -----END and nothing else, in lines as they came or with \\n for each end of a line")
+
+// parsePEM fails where there is anything but keys, and says why. \n may stand for
+// a new line: many tools can't put those in a variable. Lines may end in any way.
 func parsePEM(text string) (keys []any, err error) {
-	for rest := []byte(strings.ReplaceAll(text, `\n`, "\n")); len(bytes.TrimSpace(rest)) > 0; {
+	text = strings.NewReplacer(`\r`, "", `\n`, "\n", "\r\n", "\n", "\r", "\n").Replace(text)
+	for rest := []byte(text); len(bytes.TrimSpace(rest)) > 0; {
 		var block *pem.Block
 		begun := bytes.Count(rest, []byte("-----BEGIN "))
 		if block, rest = pem.Decode(rest); block == nil || bytes.Count(rest, []byte("-----BEGIN ")) != begun-1 {
-			return nil, errKey // Decode skips a block that it can't read
+			return nil, errPEM // Decode skips a block that it can't read
 		}
 		var key any
 		switch block.Type {
+		case "EC PARAMETERS": // openssl ecparam puts them before the key, which has them too
+			continue
 		case "PRIVATE KEY":
 			key, err = x509.ParsePKCS8PrivateKey(block.Bytes)
 		case "RSA PRIVATE KEY":
@@ -284,13 +290,18 @@ func parsePEM(text string) (keys []any, err error) {
 		case "RSA PUBLIC KEY":
 			key, err = x509.ParsePKCS1PublicKey(block.Bytes)
 		}
-		if err != nil || key == nil {
-			return nil, errKey
+		switch {
+		case block.Type == "ENCRYPTED PRIVATE KEY" || block.Headers["DEK-Info"] != "":
+			return nil, errors.New("it is encrypted; openssl pkey -in FILE prints it as it is needed")
+		case err != nil:
+			return nil, errors.New("it has a " + clip(block.Type) + " that can't be read; want RSA of 2048 to 8192 bits, or P-256")
+		case key == nil:
+			return nil, errors.New("it has a " + clip(block.Type) + ", which is no key that is known here")
 		}
 		keys = append(keys, key)
 	}
 	if keys == nil {
-		return nil, errKey
+		return nil, errPEM
 	}
 	return keys, nil
 }
@@ -304,7 +315,7 @@ func (k *keyset) add(key crypto.PublicKey) error {
 	switch key := key.(type) {
 	case *rsa.PublicKey:
 		if bits := key.N.BitLen(); bits < 2048 || bits > 8192 || key.E < 65537 {
-			return errKey
+			return fmt.Errorf("it is an RSA key of %d bits with the exponent %d; want 2048 to 8192 bits, and 65537 or more", bits, key.E)
 		}
 		alg, jwk = "RS256", map[string]string{
 			"kty": "RSA", "n": b64.EncodeToString(key.N.Bytes()), "e": b64.EncodeToString(big.NewInt(int64(key.E)).Bytes()),
@@ -312,13 +323,15 @@ func (k *keyset) add(key crypto.PublicKey) error {
 	case *ecdsa.PublicKey:
 		point, err := key.Bytes() // 4, x and y
 		if err != nil || key.Curve != elliptic.P256() {
-			return errKey
+			return fmt.Errorf("it is a key of the curve %s; want P-256", key.Params().Name)
 		}
 		alg, jwk = "ES256", map[string]string{
 			"kty": "EC", "crv": "P-256", "x": b64.EncodeToString(point[1:33]), "y": b64.EncodeToString(point[33:]),
 		}
+	case crypto.Signer:
+		return errors.New("it has a private key where public ones are published; openssl pkey -in FILE -pubout prints that")
 	default:
-		return errKey
+		return errors.New("it is neither an RSA key nor one of P-256")
 	}
 	text, err := json.Marshal(jwk) // in the order of RFC 7638, section 3.3
 	if err != nil {

@@ -277,53 +277,66 @@ func TestKeysInEveryForm(t *testing.T) {
 	}
 	escaped := func(text string) string { return strings.ReplaceAll(text, "\n", `\n`) }
 
+	block := func(kind string, headers map[string]string) string {
+		return string(pem.EncodeToMemory(&pem.Block{Type: kind, Headers: headers, Bytes: []byte("garbage")}))
+	}
+	parameters := "-----BEGIN EC PARAMETERS-----\nBggqhkjOPQMBBw==\n-----END EC PARAMETERS-----\n" // prime256v1
 	for _, row := range []struct {
 		name, private, public string
 		keys                  int // 0: refused
+		why                   string
 	}{
-		{"PKCS#8", testKey(), "", 1},
-		{"PKCS#1", pkcs1, "", 1},
-		{"escaped newlines", escaped(testKey()), escaped(second + third), 3},
-		{"escaped newlines in PKCS#1", escaped(pkcs1), "", 1},
-		{"CRLF", strings.ReplaceAll(testKey(), "\n", "\r\n"), strings.ReplaceAll(second, "\n", "\r\n"), 2},
-		{"space around", "\n" + testKey() + "\n \n", "\n\n" + second + "\n\n" + third + "\n ", 3},
-		{"public keys in PKIX and PKCS#1", secondKey(), third + publicPKCS1, 3},
-		{"its own public key", testKey(), public, 1},
-		{"one public key in two forms", secondKey(), public + publicPKCS1 + public, 2},
-		{"P-256 in PKCS#8", ellipticKey(), "", 1},
-		{"P-256 in SEC 1", sec1PEM, publicPEM(t, ellipticKey()), 1},
-		{"both kinds", ellipticKey(), public + publicPEM(t, secondEllipticKey()), 3},
-		{"both kinds, the other way round", testKey(), publicPEM(t, ellipticKey()), 2},
-		{"public key of 2048 bits", testKey(), sized(2048, 65537), 2},
-		{"public key of 8192 bits", testKey(), sized(8192, 65537), 2},
+		{"PKCS#8", testKey(), "", 1, ""},
+		{"PKCS#1", pkcs1, "", 1, ""},
+		{"escaped newlines", escaped(testKey()), escaped(second + third), 3, ""},
+		{"escaped newlines in PKCS#1", escaped(pkcs1), "", 1, ""},
+		{"escaped CRLF", escaped(strings.ReplaceAll(testKey(), "\n", `\r`+"\n")), "", 1, ""},
+		{"CR", strings.ReplaceAll(testKey(), "\n", "\r"), strings.ReplaceAll(second, "\n", "\r"), 2, ""},
+		{"EC PARAMETERS before the key", parameters + sec1PEM, "", 1, ""},
+		{"CRLF", strings.ReplaceAll(testKey(), "\n", "\r\n"), strings.ReplaceAll(second, "\n", "\r\n"), 2, ""},
+		{"space around", "\n" + testKey() + "\n \n", "\n\n" + second + "\n\n" + third + "\n ", 3, ""},
+		{"public keys in PKIX and PKCS#1", secondKey(), third + publicPKCS1, 3, ""},
+		{"its own public key", testKey(), public, 1, ""},
+		{"one public key in two forms", secondKey(), public + publicPKCS1 + public, 2, ""},
+		{"P-256 in PKCS#8", ellipticKey(), "", 1, ""},
+		{"P-256 in SEC 1", sec1PEM, publicPEM(t, ellipticKey()), 1, ""},
+		{"both kinds", ellipticKey(), public + publicPEM(t, secondEllipticKey()), 3, ""},
+		{"both kinds, the other way round", testKey(), publicPEM(t, ellipticKey()), 2, ""},
+		{"public key of 2048 bits", testKey(), sized(2048, 65537), 2, ""},
+		{"public key of 8192 bits", testKey(), sized(8192, 65537), 2, ""},
 
-		{"nothing", "", "", 0},
-		{"garbage", "garbage", "", 0},
-		{"PEM of garbage", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("garbage")})), "", 0},
-		{"cut short", testKey()[:len(testKey())/2], "", 0},
-		{"two private blocks", testKey() + secondKey(), "", 0},
-		{"text behind the private key", testKey() + "garbage", "", 0},
-		{"public key as private", public, "", 0},
-		{"P-384", p384PEM, "", 0},
-		{"Ed25519", ed25519PEM, "", 0},
-		{"private key of 1024 bits", smallPEM, "", 0},
-		{"garbage as public", testKey(), "garbage", 0},
-		{"garbage behind the public key", testKey(), second + "garbage", 0},
-		{"garbage between public keys", testKey(), second + "-----BEGIN PUBLIC KEY-----\ngarbage\n-----END PUBLIC KEY-----\n" + third, 0},
-		{"private key as public", testKey(), secondKey(), 0},
-		{"public key of P-384", testKey(), pkix(t, &p384.PublicKey), 0},
-		{"public key of Ed25519", testKey(), pkix(t, ed25519Key.Public()), 0},
-		{"public key of 1024 bits", testKey(), pkix(t, &small.PublicKey), 0},
-		{"public key of 2047 bits", testKey(), sized(2047, 65537), 0},
-		{"public key of 8193 bits", testKey(), sized(8193, 65537), 0},
-		{"public exponent 3", testKey(), sized(2048, 3), 0},
+		{"nothing", "", "", 0, "not PEM"},
+		{"garbage", "garbage", "", 0, "not PEM"},
+		{"PEM of garbage", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("garbage")})), "", 0, "a PRIVATE KEY that can't be read"},
+		{"cut short", testKey()[:len(testKey())/2], "", 0, "not PEM"},
+		{"two private blocks", testKey() + secondKey(), "", 0, "more than one key"},
+		{"text behind the private key", testKey() + "garbage", "", 0, "not PEM"},
+		{"public key as private", public, "", 0, "public key, and the private"},
+		{"P-384", p384PEM, "", 0, "curve P-384"},
+		{"Ed25519", ed25519PEM, "", 0, "neither an RSA key nor"},
+		{"private key of 1024 bits", smallPEM, "", 0, "1024 bits"},
+		{"EC PARAMETERS alone", parameters, "", 0, "not PEM"},
+		{"encrypted in PKCS#8", block("ENCRYPTED PRIVATE KEY", nil), "", 0, "encrypted"},
+		{"encrypted in PKCS#1", block("RSA PRIVATE KEY", map[string]string{"Proc-Type": "4,ENCRYPTED", "DEK-Info": "AES-256-CBC,00"}), "", 0, "encrypted"},
+		{"a certificate", testKey(), block("CERTIFICATE", nil), 0, "a CERTIFICATE, which is no key"},
+		{"quotes around", `"` + escaped(testKey()) + `"`, "", 0, "not PEM"},
+		{"garbage as public", testKey(), "garbage", 0, "not PEM"},
+		{"garbage behind the public key", testKey(), second + "garbage", 0, "not PEM"},
+		{"garbage between public keys", testKey(), second + "-----BEGIN PUBLIC KEY-----\ngarbage\n-----END PUBLIC KEY-----\n" + third, 0, "not PEM"},
+		{"private key as public", testKey(), secondKey(), 0, "private key where public"},
+		{"public key of P-384", testKey(), pkix(t, &p384.PublicKey), 0, "curve P-384"},
+		{"public key of Ed25519", testKey(), pkix(t, ed25519Key.Public()), 0, "neither an RSA key nor"},
+		{"public key of 1024 bits", testKey(), pkix(t, &small.PublicKey), 0, "1024 bits"},
+		{"public key of 2047 bits", testKey(), sized(2047, 65537), 0, "2047 bits"},
+		{"public key of 8193 bits", testKey(), sized(8193, 65537), 0, "8193 bits"},
+		{"public exponent 3", testKey(), sized(2048, 3), 0, "exponent 3"},
 	} {
 		k, err := readKeys(row.private, row.public)
 		if row.keys == 0 {
 			if err == nil {
 				t.Errorf("%s: readKeys accepts it", row.name)
-			} else if strings.Contains(err.Error(), "MII") || strings.Contains(err.Error(), "garbage") {
-				t.Errorf("%s: the error %q shows what was in the key", row.name, err)
+			} else if strings.Contains(err.Error(), "MII") || strings.Contains(err.Error(), "garbage") || !strings.Contains(err.Error(), row.why) {
+				t.Errorf("%s: the error is %q, want %q and nothing of the key", row.name, err, row.why)
 			}
 			continue
 		}

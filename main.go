@@ -27,6 +27,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -49,8 +50,9 @@ import (
 const release = "0.2.0"
 
 const (
-	drainTime = time.Second // between "not ready" and closing the port
-	maxHeader = 12 << 10    // bytes, to which net/http adds 4096
+	maxHeader = 12 << 10         // bytes, to which net/http adds 4096
+	idleTime  = 15 * time.Minute // for a connection; longer than balancers keep theirs, or they send into one that is closed
+	keysEvery = 5 * time.Second  // how often the files of the keys are looked at
 )
 
 func main() {
@@ -62,7 +64,9 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal stops at once
-	if err := run(ctx, os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr); err != nil {
+	stdout := &output{to: os.Stdout}
+	err := run(ctx, os.Args[1:], os.LookupEnv, stdout, os.Stderr)
+	if err = cmp.Or(err, stdout.err); err != nil {
 		fmt.Fprintln(os.Stderr, "agentidp:", err)
 		os.Exit(1)
 	}
@@ -73,6 +77,7 @@ const usage = `AgentIdP is an identity provider for AI agents.
   agentidp                            serve
   agentidp migrate                    apply the schema as its owner, and make partitions; needs DATABASE_URL alone
   agentidp bootstrap EMAIL            register the first agent, print its client_id and client_secret
+  agentidp recover EMAIL              the same though there are others, whose secrets are lost or that are locked out
   agentidp verify-audit [CHECKPOINT]  check the audit log, also against a checkpoint kept elsewhere
   agentidp audit-export [FROM_SEQ]    print the audit log as JSON lines while it is checked, and a checkpoint behind it
   agentidp keygen [RS256 | ES256]     print a new signing key, RSA of 2048 bits or P-256
@@ -80,10 +85,23 @@ const usage = `AgentIdP is an identity provider for AI agents.
   agentidp -version | -h
 
 Variables of the environment, with their defaults; those marked * are required. The first four
-can also be given as NAME_FILE, a file that holds the value. On SIGHUP the server reads both keys
-again, and nothing else; where they are not right it says so, and the old ones stay.
+can also be given as NAME_FILE, a file that holds the value. The server takes the keys again when
+their files have changed; where they are not right it says so, and the old ones stay.
 
 `
+
+// An output remembers that something could not be printed: an error of any
+// command.
+type output struct {
+	to  io.Writer
+	err error
+}
+
+func (o *output) Write(b []byte) (n int, err error) {
+	n, err = o.to.Write(b)
+	o.err = errors.Join(o.err, err)
+	return n, err
+}
 
 // run is the program, with the operating system passed in.
 func run(ctx context.Context, args []string, getenv func(string) (string, bool), stdout, stderr io.Writer) error {
@@ -112,9 +130,12 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 		defer signal.Stop(hangup)
 		do = func(s *server) error { return s.serve(ctx, hangup, getenv) }
 	case command == "migrate":
-		do = func(*server) error { return nil } // open has done it
-	case len(args) == 2 && args[0] == "bootstrap":
-		do = func(s *server) error { return s.bootstrap(ctx, args[1], stdout) }
+		do = func(*server) error { // open has done it
+			fmt.Fprintf(stdout, "the schema is of version %d, with partitions for a year\n", schemaVersion)
+			return nil
+		}
+	case len(args) == 2 && (args[0] == "bootstrap" || args[0] == "recover"):
+		do = func(s *server) error { return s.bootstrap(ctx, args[1], args[0] == "recover", stdout) }
 	case len(args) <= 2 && args[0] == "verify-audit" && args[len(args)-1] != "":
 		do = func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout, progress(stderr)) }
 	case len(args) <= 2 && args[0] == "audit-export":
@@ -124,12 +145,12 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 		}
 		do = func(s *server) error { return s.exportAudit(ctx, int64(from), stdout) }
 	default:
-		return fmt.Errorf("%q is no command, or not with these operands; -h lists them", args)
+		if _, operands, ok := strings.Cut(usage, "\n  agentidp "+args[0]+" "); ok && args[0] != "" {
+			return fmt.Errorf("%q is not with these operands, but: %s %s; -h lists all", args, args[0], strings.SplitN(operands, "\n", 2)[0])
+		}
+		return fmt.Errorf("%q is no command; -h lists them", args)
 	}
-	var needed []string // all
-	if command == "migrate" {
-		needed = []string{"DATABASE_URL", "LOG_LEVEL"} // the owner need not have the signing key
-	}
+	needed := map[string][]string{"migrate": {"DATABASE_URL", "LOG_LEVEL"}}[command] // the owner need not have the signing key
 	cfg, err := loadConfig(getenv, needed...)
 	if err != nil {
 		return fmt.Errorf("the environment is not as it must be:\n%w\nto have all of it set up for development: make run", err)
@@ -245,7 +266,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, meter), meter: meter, vault: newVault()}
+	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault()}
 	s.recorder = newQueue(s.storeEvents)
 	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]secretOwner, error) {
 		return loadSecretOwners(ctx, inner, shown)
@@ -284,20 +305,26 @@ func (s *server) close() {
 	s.db.Close()
 }
 
-// readKeys takes the keys as they are now. Where they are not right, the old
-// ones stay.
-func (s *server) readKeys(getenv func(string) (string, bool)) {
+// readKeys takes the keys as they are now, if that is another state than the last
+// one. Where they are not right, the old ones stay.
+func (s *server) readKeys(getenv func(string) (string, bool), last string) (state string) {
 	cfg, err := loadConfig(getenv, "JWT_PRIVATE_KEY", "JWT_PUBLIC_KEY")
 	if err != nil {
-		slog.Error("keys not read, the old ones stay", "error", err)
-		return
+		if state = err.Error(); state != last {
+			slog.Error("keys not read, the old ones stay", "error", err)
+		}
+		return state
 	}
-	s.keys.Store(cfg.keys)
-	slog.Info("keys read", "kids", cfg.keys.each("kid"))
+	kids := cfg.keys.each("kid")
+	if state = strings.Join(kids, " "); state != last {
+		s.keys.Store(cfg.keys)
+		slog.Info("keys read", "kids", kids)
+	}
+	return state
 }
 
 // serve serves until ctx ends, and then finishes what has begun. A hangup has
-// it read the keys again.
+// it read the keys again at once.
 func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func(string) (string, bool)) error {
 	if s.cfg.metrics != nil {
 		listener, err := net.ListenTCP("tcp", s.cfg.metrics)
@@ -327,18 +354,20 @@ func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func
 	failed := make(chan error, 1)
 	go func() { failed <- web.Serve(listener) }()
 	slog.Info("serving", "url", s.cfg.issuer, "address", listener.Addr().String(), "version", version())
-	for ctx.Err() == nil {
+	for keys := strings.Join(s.keys.Load().each("kid"), " "); ctx.Err() == nil; {
 		select {
 		case err := <-failed:
 			return fmt.Errorf("serving: %w", err)
+		case <-time.After(keysEvery):
+			keys = s.readKeys(getenv, keys)
 		case <-hangup:
-			s.readKeys(getenv)
+			keys = s.readKeys(getenv, "")
 		case <-ctx.Done():
 		}
 	}
 	slog.Info("stopping")
 	s.draining.Store(true)
-	time.Sleep(drainTime) // who asks for our health sends no more
+	time.Sleep(s.cfg.drainTime) // who asks for our health sends no more
 	finish, cancel := context.WithTimeout(context.Background(), 4*requestTimeout)
 	defer cancel()
 	err = web.Shutdown(finish)
@@ -352,7 +381,7 @@ func (s *server) web() *http.Server {
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      20 * time.Second,
-		IdleTimeout:       2 * time.Minute,
+		IdleTimeout:       idleTime,
 		MaxHeaderBytes:    maxHeader,
 
 		DisableGeneralOptionsHandler: true, // it would answer OPTIONS * without JSON

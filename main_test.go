@@ -97,7 +97,7 @@ func newServer(t testing.TB, env ...string) (s *server, id, plain string) {
 		}
 	}
 	var out bytes.Buffer
-	if err := s.bootstrap(t.Context(), "first@example.com", &out); err != nil {
+	if err := s.bootstrap(t.Context(), "first@example.com", false, &out); err != nil {
 		t.Fatal(err)
 	}
 	fmt.Sscanf(out.String(), "client_id: %s\nclient_secret: %s\n", &id, &plain)
@@ -168,7 +168,7 @@ func TestPageHasEveryTimeAndSize(t *testing.T) {
 		said[row[1]] = row[2]
 	}
 	want := map[string]any{
-		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "drainTime": drainTime,
+		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "idleTime": idleTime, "keysEvery": keysEvery,
 		"wellFor": wellFor, "keepEvery": keepEvery, "clockTold": clockTold, "clockTrust": clockTrust,
 		"maxBodies": maxBodies, "maxBodiesOf": maxBodiesOf, "bodyTime": bodyTime, "bodyPace": bodyPace,
 		"readTime": readTime, "maxWaiting": maxWaiting, "maxBody": maxBody, "maxHeader": maxHeader, "maxInFlight": maxInFlight, "queueSize": queueSize,

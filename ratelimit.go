@@ -21,18 +21,20 @@ import (
 // stole a token can't spend what its client needs to end it; and changes by who
 // may make them apart from all else, so that a token of a narrow scope can't
 // either; and what an agent's own token may do for itself apart from these, so that
-// one which may change others can't. Each is a window of the agent.
+// one which may change others can't. Introspections, of which a service makes as
+// many as it has callers, spend none of these. Each is a window of the agent.
 const (
 	byCredential = "client:"
 	byToken      = "token:"
 	toChange     = "change:"
 	ofOneself    = "own:"
+	introspect   = "introspect:" // before byCredential or byToken
 )
 
 // admitScript answers in one round trip whether a request is one too many for
 // its window and its client's quota, and counts it if it isn't.
 //
-// The key is the monthly counter, or empty. ARGV are the owner of the window, its
+// The key is the monthly counter, if there is one. ARGV are the owner of the window, its
 // limit, the monthly quota, what PostgreSQL counted of it so far (-1: not asked),
 // and when the month ends. A limit of 0 is none.
 //
@@ -78,15 +80,15 @@ type verdict struct {
 // address; month is the quota's counter, "" for none; counted is what PostgreSQL
 // knows of it.
 func (s *server) admit(ctx context.Context, owner, month string, counted int64) verdict {
-	limit, quota := s.cfg.rateLimit, s.cfg.monthlyTokenLimit
+	limit, quota, keys := s.cfg.rateLimit, s.cfg.monthlyTokenLimit, []string{month}
 	if month == "" {
-		quota = 0
+		quota, keys = 0, nil
 	}
 	v := verdict{state: "unlimited"}
 	if limit == 0 && quota == 0 {
 		return v
 	}
-	reply, err := s.redis.ask(ctx, admitScript, []string{month},
+	reply, err := s.redis.ask(ctx, admitScript, keys,
 		owner, limit, quota, counted, nextMonth(s.now()).Add(24*time.Hour).UnixMilli())
 	if err == nil && len(reply) == 4 {
 		v.limit = int64(limit)
@@ -157,22 +159,50 @@ func addressKey(a netip.Addr) string {
 }
 
 // clientAddress is who sent the request: the peer, or where that is a trusted
-// proxy, the last address of X-Forwarded-For that isn't.
+// proxy, the last address of X-Forwarded-For or Forwarded (RFC 7239) that isn't.
+// A proxy that sends one of them may let the other pass as the client wrote it, so
+// where they disagree nobody is believed.
 func clientAddress(r *http.Request, trusted []netip.Prefix) netip.Addr {
-	isTrusted := func(a netip.Addr) bool {
-		return slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(a) })
-	}
-	peer, _ := netip.ParseAddrPort(r.RemoteAddr)
-	addr := peer.Addr().Unmap()
-	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
-	for i := len(hops) - 1; i >= 0 && isTrusted(addr); i-- {
-		hop, err := netip.ParseAddr(strings.TrimSpace(hops[i]))
-		if err != nil {
-			break
+	peer, _ := readHop(r.RemoteAddr)
+	last := func(header string, hop func(string) string) netip.Addr {
+		addr, hops := peer, strings.Split(strings.Join(r.Header.Values(header), ","), ",")
+		for i := len(hops) - 1; i >= 0 && slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(addr) }); i-- {
+			next, err := readHop(hop(hops[i]))
+			if err != nil {
+				break
+			}
+			addr = next
 		}
-		addr = hop.Unmap().WithZone("")
+		return addr
 	}
-	return addr
+	old, new := last("X-Forwarded-For", strings.TrimSpace), last("Forwarded", forwardedFor)
+	switch {
+	case r.Header["Forwarded"] == nil || old == new:
+		return old
+	case r.Header["X-Forwarded-For"] == nil:
+		return new
+	}
+	return peer
+}
+
+// forwardedFor is the parameter "for" of an element of Forwarded.
+func forwardedFor(element string) string {
+	for pair := range strings.SplitSeq(element, ";") {
+		if name, value, _ := strings.Cut(strings.TrimSpace(pair), "="); strings.EqualFold(name, "for") {
+			return strings.Trim(value, `"`)
+		}
+	}
+	return ""
+}
+
+// readHop reads an address as proxies write it: with a port or without, one of
+// IPv6 in brackets or not.
+func readHop(text string) (netip.Addr, error) {
+	if hop, err := netip.ParseAddrPort(text); err == nil {
+		return hop.Addr().Unmap().WithZone(""), nil
+	}
+	addr, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(text, "["), "]"))
+	return addr.Unmap().WithZone(""), err
 }
 
 // redisTimeout is the longest that a call waits for Redis, once for each of
@@ -199,17 +229,26 @@ type reply struct {
 	err    error
 }
 
-// newCache takes where Redis is, or nil where nothing is counted.
-func newCache(where *redis.Options, m *meter) *cache {
+// newCache takes where Redis is, or the Sentinels are that know it, or neither
+// where nothing is counted.
+func newCache(where *redis.Options, sentinel *redis.FailoverOptions, m *meter) *cache {
 	logging.Disable() // what fails is known to who asked
-	var o redis.Options
-	if where != nil {
-		o = *where
+	c := &cache{meter: m}
+	if sentinel != nil {
+		o := *sentinel
+		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, 4*redisTimeout
+		o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
+		c.Client = redis.NewFailoverClient(&o)
+	} else {
+		var o redis.Options
+		if where != nil {
+			o = *where
+		}
+		o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, 4*redisTimeout
+		o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
+		o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
+		c.Client = redis.NewClient(&o)
 	}
-	o.DialTimeout, o.ReadTimeout, o.WriteTimeout, o.PoolTimeout = redisTimeout, redisTimeout, redisTimeout, 4*redisTimeout
-	o.ContextTimeoutEnabled, o.MaxRetries, o.DialerRetries, o.DisableIdentity = true, -1, 1, true
-	o.MaintNotificationsConfig = &maintnotifications.Config{Mode: maintnotifications.ModeDisabled}
-	c := &cache{Client: redis.NewClient(&o), meter: m}
 	c.asks = newQueue(c.call)
 	return c
 }
@@ -247,6 +286,22 @@ func (c *cache) call(ctx context.Context, calls []scriptCall) ([]reply, error) {
 		replies[i].values, replies[i].err = made[i].Slice()
 	}
 	return replies, nil
+}
+
+// denied names a command of the scripts that this user may not call, since what
+// a script says of that doesn't.
+func (c *cache) denied(ctx context.Context) error {
+	const key = "rate:keeper:denied"
+	for _, call := range [][]any{{"time"}, {"get", key}, {"set", key, 0, "px", 1000}, {"incr", key}, {"decr", key}, {"pexpire", key, 1000}} {
+		err := c.Do(ctx, call...).Err()
+		if redis.HasErrorPrefix(err, "NOPERM") {
+			return err
+		}
+		if err != nil && !errors.Is(err, redis.Nil) {
+			return nil // it is another trouble
+		}
+	}
+	return nil
 }
 
 // giveBackScript takes back one count, unless its window is over.

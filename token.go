@@ -70,6 +70,11 @@ func (s *server) checkGrant(r *request) (scope string, aud audience, err error) 
 	default:
 		return "", nil, errGrantType.because("The grant_type must be client_credentials; it was '" + clip(r.form.Get("grant_type")) + "'.")
 	}
+	for name, right := range map[string]string{"audience": "resource (RFC 8707)", "aud": "resource (RFC 8707)", "resources": "resource", "scopes": "scope"} {
+		if r.form.Has(name) { // others are ignored (RFC 6749, section 3.2), but these would silently get more than was asked for
+			return "", nil, errForm.because("There is no parameter " + name + "; it is called " + right + ".")
+		}
+	}
 	if scope, err = grantScope(r.form.Get("scope"), r.caller.scopes); err != nil {
 		return "", nil, err
 	}
@@ -98,7 +103,7 @@ func grantScope(asked string, capabilities []string) (string, error) {
 			granted = append(granted, scope)
 			size += len(" ") + len(scope)
 		}
-		if size > 64*101 { // longer than all capabilities, and a token must not be too long to be read
+		if size > len(" ")+maxScope {
 			return "", errScope.because("The scopes asked for are too long together; ask for fewer, or for resource:*.")
 		}
 	}

@@ -154,7 +154,7 @@ var program string
 // env is what a copy of the service is given.
 func (s *stores) env(key string) []string {
 	return append(os.Environ(), "DATABASE_URL="+s.database, "REDIS_URL="+s.redis, "JWT_PRIVATE_KEY="+key, "PORT=0", "HOST=127.0.0.1",
-		"METRICS_ADDR=", "ISSUER=http://bench.example", "RATE_LIMIT_PER_MINUTE=1000000", "MONTHLY_TOKEN_LIMIT=1000000000", "MAX_AGENTS=0")
+		"METRICS_ADDR=", "DRAIN_TIME=0", "ISSUER=http://bench.example", "RATE_LIMIT_PER_MINUTE=1000000", "MONTHLY_TOKEN_LIMIT=1000000000", "MAX_AGENTS=0")
 }
 
 // run runs a command of the service and returns what it prints.

@@ -119,6 +119,6 @@ case ${LOG_LEVEL-} in
 [Dd]*) ;;
 *) export LOG_LEVEL=info ;; # higher ones leave out the line that this script waits for
 esac
-export HOST="${HOST-127.0.0.1}"
+export HOST="${HOST-127.0.0.1}" DRAIN_TIME="${DRAIN_TIME-0}" # there is no balancer to wait for
 say "will listen on ${HOST:-all addresses}, port ${PORT:-3000} (HOST and PORT change that). Ctrl-C stops everything."
 exec ./dev/with-services.sh --keep .run/data ./dev/run.sh serve "$client" "$terminal"

@@ -3,6 +3,7 @@ package test
 import (
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"regexp"
 	"slices"
@@ -223,6 +224,7 @@ func TestBadAgentRequestIsRefusedWithAllItsFaults(t *testing.T) {
 		{"capability with a new line behind", capable("agents:write\n"), "capabilities"},
 		{"capability with a dot before", capable(".resumes:read"), "capabilities"},
 		{"capability of 101 characters", capable("resumes:" + long[:93]), "capabilities"},
+		{"capabilities of 4,097 characters", capable(wide(41, 97)...), "capabilities"},
 		{"capability twice", capable("resumes:read", "mails:send", "resumes:read"), "capabilities"},
 		{"capability that is a number", capable(1), "capabilities"},
 		{"capability that is null", capable("resumes:read", nil), "capabilities"},
@@ -341,6 +343,7 @@ func TestBadAgentRequestIsRefusedWithAllItsFaults(t *testing.T) {
 		{"owner of 128 characters", "application/json", field("owner", strings.Repeat("é", 128))},
 		{"owner of one character", "application/json", field("owner", "x")},
 		{"64 capabilities", "application/json", capable(many[:64]...)},
+		{"capabilities of 4,096 characters", "application/json", capable(wide(41, 96)...)},
 		{"capability of 100 characters", "application/json", capable("resumes:" + long[:92])},
 		{"any action of a service", "application/json", capable("resumes:*", "agent:*")},
 		{"all five scopes", "application/json", capable("agents:read", "agents:write", "tokens:read", "audit:read", "credentials:write")},
@@ -757,5 +760,150 @@ func TestMaxAgentsIsExact(t *testing.T) {
 	if n := v.count(`select count(*) from audit_events where metadata->>'reason' = 'FREE_TIER_LIMIT_EXCEEDED'
 		and action = 'agent.created' and outcome = 'failure'`); n != 23 {
 		t.Errorf("%d refusals are recorded, want 23", n)
+	}
+}
+
+// wide makes capabilities: one of this length, and others of 99 characters.
+func wide(n, first int) (list []any) {
+	for i := range n {
+		length := 99
+		if i == 0 {
+			length = first
+		}
+		list = append(list, fmt.Sprintf("r%02d:%s", i, strings.Repeat("x", length-4)))
+	}
+	return list
+}
+
+// Somebody must be left who can manage agents, whoever leaves, however, and
+// however many at once; and there is a way back for whom that doesn't help.
+func TestLastManagerStays(t *testing.T) {
+	t.Parallel()
+	p := newProgram(t, newDatabase(t), newRedis(t))
+	p.exec(`update agents set status = 'suspended' where agent_id <> $1`, p.id)
+	for _, row := range []struct{ method, body string }{
+		{"PATCH", `{"status":"suspended"}`}, {"PATCH", `{"status":"decommissioned"}`}, {"DELETE", ""},
+		{"PATCH", `{"capabilities":["agents:read","tokens:read","audit:read","credentials:write"]}`},
+	} {
+		p.want(p.api(p.bearer, row.method, "/agents/"+p.id, row.body), 409, "AGENT_IS_LAST_MANAGER")
+	}
+	p.want(p.api(p.bearer, "PATCH", "/agents/"+p.id, `{"owner":"still here"}`), 200, "")
+	ordinary := p.newAgent("a:b")
+	p.want(p.api(p.bearer, "PATCH", "/agents/"+ordinary, `{"status":"suspended"}`), 200, "")
+
+	for round := range rounds(8, 100) {
+		ids, tokens := []string{p.id}, []string{p.bearer}
+		for range 2 {
+			id, secret := p.newClient(ourScopes...)
+			ids, tokens = append(ids, id), append(tokens, p.token(id, secret, ""))
+		}
+		var all sync.WaitGroup
+		for i, id := range ids {
+			all.Go(func() { // by itself, or by the next
+				p.api(tokens[(i+round%2)%len(ids)], "PATCH", "/agents/"+id, `{"status":"suspended"}`)
+			})
+		}
+		all.Wait()
+		var left int
+		if err := p.db.QueryRow(t.Context(), `select count(*) from agents where status = 'active' and 'agents:write' = any(capabilities)`).Scan(&left); err != nil || left == 0 {
+			t.Fatalf("%d managers are left, %v", left, err)
+		}
+		p.exec(`update agents set status = 'active' where agent_id = $1`, p.id)
+		p.exec(`update agents set status = 'suspended' where agent_id = any($1)`, ids[1:])
+	}
+
+	cmd := p.build("bootstrap", "another@example.com")
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "recover") {
+		t.Errorf("bootstrap beside a manager = %v: %s", err, out)
+	}
+	id, secret := credentialsOf(p.command("recover", "another@example.com"))
+	token := p.token(id, secret, "")
+	p.want(p.api(token, "DELETE", "/agents/"+p.id, ""), 204, "")
+	events := p.want(p.api(token, "GET", "/audit?agentId="+id+"&action=agent.created", ""), 200, "")
+	if !strings.Contains(events.raw, `"actorId":null`) || !strings.Contains(events.raw, `"recovers":true`) {
+		t.Errorf("recover leaves %s", events.raw)
+	}
+}
+
+// credentialsOf reads what bootstrap prints.
+func credentialsOf(out string) (id, secret string) {
+	for line := range strings.Lines(out) {
+		id += strings.TrimSpace(strings.TrimPrefix(line, "client_id: ")) + "\n"
+	}
+	parts := strings.Split(id, "\n")
+	return parts[0], strings.TrimPrefix(parts[1], "client_secret: ")
+}
+
+// Agents are found by what people know of them.
+func TestAgentsAreFoundByEachField(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	register := func(email, owner, env string, capabilities ...string) {
+		list, _ := json.Marshal(capabilities)
+		v.want(v.api(v.bearer, "POST", "/agents", fmt.Sprintf(
+			`{"email":%q,"agentType":"custom","version":"1.0.0","capabilities":%s,"owner":%q,"deploymentEnv":%q}`, email, list, owner, env)), 201, "")
+	}
+	register("Mailer.One@example.com", "Post 100%", "staging", "mails:send", "files:*")
+	register("reader@example.com", "post_office", "development", "mails:read")
+	for query, want := range map[string]string{
+		"email=mailer.one%40EXAMPLE.com": "Mailer.One@example.com", "email=nobody%40example.com": "",
+		"deploymentEnv=staging": "Mailer.One@example.com", "capability=mails:read": "reader@example.com", "capability=files:*": "Mailer.One@example.com",
+		"capability=files:read": "", "q=ONE%40ex": "Mailer.One@example.com", "q=post": "reader@example.com Mailer.One@example.com",
+		"q=100%25": "Mailer.One@example.com", "q=post_o": "reader@example.com", "q=t_office": "reader@example.com",
+		"q=post&deploymentEnv=development": "reader@example.com",
+	} {
+		var got []string
+		for _, a := range v.want(v.api(v.bearer, "GET", "/agents?"+query, ""), 200, "").body["data"].([]any) {
+			got = append(got, a.(map[string]any)["email"].(string))
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("GET /agents?%s finds %q, want %q", query, got, want)
+		}
+	}
+	for _, query := range []string{"email=x", "deploymentEnv=moon", "capability=x", "q=", "q=%00", "text=x"} {
+		v.want(v.api(v.bearer, "GET", "/agents?"+query, ""), 400, "VALIDATION_ERROR")
+	}
+}
+
+// An answer to a common mistake says what is meant.
+func TestAnswersTeach(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id, secret := v.newClient("a:b")
+	form := []string{"Content-Type", formType}
+	bearer := []string{"Authorization", "Bearer " + v.bearer, "Content-Type", "application/json"}
+	for _, row := range []struct {
+		name, method, path, body string
+		header                   []string
+		status                   int
+		says                     string
+	}{
+		{"a slash behind", "GET", "/api/v1/agents/", "", bearer, 404, "without the slash at its end"},
+		{"a slash behind a token", "POST", "/api/v1/token/", "grant_type=client_credentials", form, 404, "without the slash at its end"},
+		{"a slash behind nothing", "GET", "/nothing/", "", bearer, 404, "/openapi.yaml"},
+		{"an email for an id", "GET", "/api/v1/agents/a@example.com", "", bearer, 404, "GET /api/v1/agents?email= finds"},
+		{"42 for an id", "GET", "/api/v1/agents/42", "", bearer, 404, "ids are UUIDs"},
+		{"PATCH of the email", "PATCH", "/api/v1/agents/" + id, `{"email":"new@example.com"}`, bearer, 400, "can't be changed"},
+		{"an empty body", "POST", "/api/v1/agents", "", bearer, 400, "is empty"},
+		{"all wrong capabilities", "POST", "/api/v1/agents", agentJSON("x@example.com", "A:b", "c", "tokens:*"), bearer, 400, "tokens:*"},
+		{"a secret as Bearer", "GET", "/api/v1/agents", "", []string{"Authorization", "Bearer " + secret}, 401, "trade it for one"},
+		{"a secret in the URL", "POST", "/api/v1/token?client_id=" + id + "&client_secret=" + secret, "grant_type=client_credentials", form, 401, "rotate it"},
+		{"audience", "POST", "/api/v1/token", "grant_type=client_credentials&audience=https://x.example&client_id=" + id + "&client_secret=" + secret, form, 400, "resource (RFC 8707)"},
+		{"scopes", "POST", "/api/v1/token", "grant_type=client_credentials&scopes=a:b&client_id=" + id + "&client_secret=" + secret, form, 400, "called scope."},
+		{"a path beside the token's", "POST", "/api/v1/tokens", "x", form, 404, `"code":"NOT_FOUND"`},
+		{"a path below the token's", "POST", "/api/v1/token/x", "x", form, 404, `"error":"invalid_request"`},
+	} {
+		a := v.do(row.method, row.path, row.body, row.header...)
+		if a.status != row.status || !strings.Contains(a.raw, row.says) || strings.Contains(a.raw, secret) {
+			t.Errorf("%s: answered %v, want %d and %q", row.name, a, row.status, row.says)
+		}
+	}
+	if a := v.do("POST", "/api/v1/agents", agentJSON("x@example.com", "A:b", "c", "tokens:*"), bearer...); !strings.Contains(a.raw, "A:b") || !strings.Contains(a.raw, `\"c\"`) {
+		t.Errorf("of three wrong capabilities it names %s", a.raw)
+	}
+	for args, says := range map[string]string{"bootstrap": "bootstrap EMAIL", "keygen es256": "keygen [RS256 | ES256]", "recover a b": "recover EMAIL"} {
+		if _, err := command(t.Context(), v.env, io.Discard, strings.Fields(args)...); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%q says %v, want %q", args, err, says)
+		}
 	}
 }

@@ -451,7 +451,6 @@ func TestEventsAreFiltered(t *testing.T) {
 		"agentId=%7B" + agents[0] + "%7D":                  "agentId",
 		"agentId=":                                         "agentId",
 		"agentId=" + agents[0] + "&agentId=" + agents[1]:   "agentId",
-		"actorId=" + agents[0]:                             "actorId",
 		"action=x&outcome=y&agentId=z&fromDate=a&toDate=b": "action agentId fromDate outcome toDate",
 		"limit=0":                                "limit",
 		"limit=101":                              "limit",
@@ -1357,4 +1356,35 @@ func TestReportsAreMadeOneAtATime(t *testing.T) {
 	for range 2 { // and each gives its place back
 		v.want(v.api(v.bearer, "GET", "/audit/verify", ""), 200, "")
 	}
+}
+
+// What an agent did is more than what concerns it.
+func TestEventsAreFoundByWhoDidIt(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id, secret := v.newClient(ourScopes...)
+	token := v.token(id, secret, "")
+	other := v.want(v.api(token, "POST", "/agents", agentJSON("found-by-actor@example.com", "a:b")), 201, "").text("agentId")
+	v.want(v.api(token, "PATCH", "/agents/"+other, `{"owner":"x"}`), 200, "")
+	v.want(v.form(id, secret, "/introspect", "token="+token), 200, "")
+	v.want(v.form(id, secret, "/introspect", "token=x"), 200, "")
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+other, `{"owner":"y"}`), 200, "")
+	for query, want := range map[string]string{
+		"actorId=" + id:                           "token.introspected token.introspected agent.updated agent.created token.issued",
+		"actorId=" + id + "&agentId=" + other:     "agent.updated agent.created",
+		"actorId=" + id + "&agentId=" + id:        "token.introspected token.issued",
+		"actorId=" + id + "&limit=2":              "token.introspected token.introspected",
+		"actorId=" + id + "&limit=2&page=2":       "agent.updated agent.created",
+		"actorId=" + id + "&action=agent.updated": "agent.updated",
+		"actorId=" + other:                        "",
+	} {
+		var got []string
+		for _, e := range v.want(v.api(v.bearer, "GET", "/audit?"+query, ""), 200, "").body["data"].([]any) {
+			got = append(got, e.(map[string]any)["action"].(string))
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("GET /audit?%s has %q, want %q", query, got, want)
+		}
+	}
+	v.want(v.api(v.bearer, "GET", "/audit?actorId=x", ""), 400, "VALIDATION_ERROR")
 }

@@ -45,7 +45,7 @@ func wantSettings(t *testing.T, file string, names ...string) {
 func wantTimeToStop(t *testing.T, file, text string) {
 	t.Helper()
 	given, err := time.ParseDuration(text)
-	if least := drainTime + 4*requestTimeout + storeTimeout; err != nil || given <= least {
+	if least := 10*time.Second + 4*requestTimeout + storeTimeout; err != nil || given <= least {
 		t.Errorf("%s gives %q to stop, want more than %s", file, text, least)
 	}
 }

@@ -90,7 +90,7 @@ func TestUncleanPathIsNotFoundAndNeverRedirected(t *testing.T) {
 			if a.status != 404 || a.header.Get("Location") != "" || a.header.Get("X-Evil") != "" {
 				t.Errorf("%s %.80q = %v, want 404", method, path, a)
 			}
-			wantForm(t, a, strings.HasPrefix(path, "/api/v1/token"))
+			wantForm(t, a, path == "/api/v1/token" || strings.HasPrefix(path, "/api/v1/token/"))
 		}
 	}
 	if a := v.api(v.bearer, "GET", "/agents/"+v.id, ""); a.text("status") != "active" {
@@ -128,7 +128,7 @@ func TestOtherMethodsAreRefusedWithThoseAllowed(t *testing.T) {
 				t.Errorf("%s %s = %v allowing %q, want 405 allowing %q", method, path, a, got, methods)
 			}
 			if method != "HEAD" {
-				wantForm(t, a, strings.HasPrefix(path, "/api/v1/token"))
+				wantForm(t, a, path == "/api/v1/token" || strings.HasPrefix(path, "/api/v1/token/"))
 			}
 		}
 	}
@@ -241,7 +241,7 @@ func (v *service) logged(requestID string) (line map[string]any) {
 	v.eventually("request "+requestID+" is logged", func() bool {
 		for text := range strings.Lines(testLog.String()) {
 			var fields map[string]any
-			if json.Unmarshal([]byte(text), &fields) == nil && fields["msg"] == "request" && fields["requestId"] == requestID {
+			if json.Unmarshal([]byte(text), &fields) == nil && (fields["msg"] == "request" || fields["msg"] == "check") && fields["requestId"] == requestID {
 				line = fields
 			}
 		}
@@ -345,13 +345,16 @@ func TestBrowsersMayCallOnlyFromTheirOrigin(t *testing.T) {
 			if got := a.header.Get("Access-Control-Allow-Credentials"); got != "" {
 				t.Errorf("allows credentials: %q", got)
 			}
+			if got := a.header.Get("Access-Control-Expose-Headers"); row.allowed != "" && !strings.HasPrefix(got, "WWW-Authenticate, Location, ") {
+				t.Errorf("Access-Control-Expose-Headers = %q", got)
+			}
 			// A cache must not give one origin's answer to another.
 			if vary := a.header.Values("Vary"); row.v == on && !slices.Contains(vary, "Origin") {
 				t.Errorf("Vary = %q, want Origin", vary)
 			}
 			methods := a.header.Get("Access-Control-Allow-Methods")
 			if row.status == 204 && (!strings.Contains(methods, "PATCH") || !strings.Contains(methods, "DELETE") ||
-				!strings.Contains(a.header.Get("Access-Control-Allow-Headers"), "Authorization")) {
+				a.header.Get("Access-Control-Allow-Headers") != "Authorization, Content-Type, MCP-Protocol-Version, X-Request-Id") {
 				t.Errorf("a preflight is answered with %v", a.header)
 			}
 		})
@@ -365,24 +368,40 @@ func TestForwardedAddressCountsOnlyFromTrustedProxies(t *testing.T) {
 	for i, row := range []struct {
 		name      string
 		v         *service
-		forwarded []string
+		forwarded []string // X-Forwarded-For
+		rfc7239   []string // Forwarded
 		want      string
 	}{
-		{"from anybody", distrustful, []string{"203.0.113.7"}, "127.0.0.1"},
-		{"none", trusting, nil, "127.0.0.1"},
-		{"one", trusting, []string{"203.0.113.7"}, "203.0.113.7"},
-		{"the last, which the client can't forge", trusting, []string{"198.51.100.1, 203.0.113.7"}, "203.0.113.7"},
-		{"behind a second proxy", trusting, []string{"198.51.100.1, 203.0.113.7,10.1.2.3"}, "203.0.113.7"},
-		{"in several headers", trusting, []string{"198.51.100.1", "203.0.113.7", "10.1.2.3"}, "203.0.113.7"},
-		{"all trusted", trusting, []string{"10.0.0.9, 10.1.2.3"}, "10.0.0.9"},
-		{"IPv6", trusting, []string{"2001:db8::1"}, "2001:db8::1"},
-		{"IPv6 behind IPv6", trusting, []string{"2001:db8::1, 2001:db8:ffff::2"}, "2001:db8::1"},
-		{"IPv4 in IPv6", trusting, []string{"::ffff:203.0.113.9"}, "203.0.113.9"},
-		{"garbage", trusting, []string{"unknown"}, "127.0.0.1"},
-		{"garbage at the end", trusting, []string{"203.0.113.7, <script>"}, "127.0.0.1"},
-		{"empty", trusting, []string{""}, "127.0.0.1"},
-		{"with a zone", trusting, []string{"fe80::1%eth0"}, "fe80::1"},
-		{"with a zone that PostgreSQL refuses", trusting, []string{"fe80::1%\xff"}, "fe80::1"},
+		{"from anybody", distrustful, []string{"203.0.113.7"}, nil, "127.0.0.1"},
+		{"none", trusting, nil, nil, "127.0.0.1"},
+		{"one", trusting, []string{"203.0.113.7"}, nil, "203.0.113.7"},
+		{"the last, which the client can't forge", trusting, []string{"198.51.100.1, 203.0.113.7"}, nil, "203.0.113.7"},
+		{"behind a second proxy", trusting, []string{"198.51.100.1, 203.0.113.7,10.1.2.3"}, nil, "203.0.113.7"},
+		{"in several headers", trusting, []string{"198.51.100.1", "203.0.113.7", "10.1.2.3"}, nil, "203.0.113.7"},
+		{"all trusted", trusting, []string{"10.0.0.9, 10.1.2.3"}, nil, "10.0.0.9"},
+		{"IPv6", trusting, []string{"2001:db8::1"}, nil, "2001:db8::1"},
+		{"IPv6 behind IPv6", trusting, []string{"2001:db8::1, 2001:db8:ffff::2"}, nil, "2001:db8::1"},
+		{"IPv4 in IPv6", trusting, []string{"::ffff:203.0.113.9"}, nil, "203.0.113.9"},
+		{"garbage", trusting, []string{"unknown"}, nil, "127.0.0.1"},
+		{"garbage at the end", trusting, []string{"203.0.113.7, <script>"}, nil, "127.0.0.1"},
+		{"empty", trusting, []string{""}, nil, "127.0.0.1"},
+		{"with a zone", trusting, []string{"fe80::1%eth0"}, nil, "fe80::1"},
+		{"with a zone that PostgreSQL refuses", trusting, []string{"fe80::1%\xff"}, nil, "fe80::1"},
+		{"with a port", trusting, []string{"198.51.100.1:40000, 203.0.113.7:50000"}, nil, "203.0.113.7"},
+		{"IPv6 in brackets", trusting, []string{"[2001:db8::1]"}, nil, "2001:db8::1"},
+		{"IPv6 in brackets with a port", trusting, []string{"[2001:db8::1]:443,10.1.2.3:80"}, nil, "2001:db8::1"},
+		{"a port alone", trusting, []string{":443"}, nil, "127.0.0.1"},
+		{"half a bracket", trusting, []string{"[2001:db8::1"}, nil, "2001:db8::1"},
+
+		{"Forwarded from anybody", distrustful, nil, []string{"for=203.0.113.7"}, "127.0.0.1"},
+		{"Forwarded", trusting, nil, []string{"for=198.51.100.1, for=203.0.113.7;proto=https;by=10.0.0.1"}, "203.0.113.7"},
+		{"Forwarded with IPv6 and a port", trusting, nil, []string{`proto=https; For="[2001:db8::1]:4711"`}, "2001:db8::1"},
+		{"Forwarded with IPv4 and a port", trusting, nil, []string{`for="203.0.113.7:80", for=10.1.2.3`}, "203.0.113.7"},
+		{"Forwarded that hides", trusting, nil, []string{"for=203.0.113.7, for=_hidden"}, "127.0.0.1"},
+		{"Forwarded without for", trusting, nil, []string{"by=203.0.113.7"}, "127.0.0.1"},
+		{"both, which agree", trusting, []string{"198.51.100.1, 203.0.113.7"}, []string{"for=203.0.113.7"}, "203.0.113.7"},
+		{"both, which disagree", trusting, []string{"203.0.113.7"}, []string{"for=192.0.2.1"}, "127.0.0.1"},
+		{"both, one empty", trusting, []string{"203.0.113.7"}, []string{""}, "127.0.0.1"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			id := fmt.Sprintf("forwarded-%d", i)
@@ -390,7 +409,10 @@ func TestForwardedAddressCountsOnlyFromTrustedProxies(t *testing.T) {
 			for _, value := range row.forwarded {
 				header = append(header, "X-Forwarded-For", value)
 			}
-			a := row.v.do("POST", "/api/v1/token/introspect", "token=x", append(header, "Forwarded", "for=192.0.2.1", "X-Real-Ip", "192.0.2.1")...)
+			for _, value := range row.rfc7239 {
+				header = append(header, "Forwarded", value)
+			}
+			a := row.v.do("POST", "/api/v1/token/introspect", "token=x", append(header, "X-Real-Ip", "192.0.2.1")...)
 			if a.status != 200 {
 				t.Fatalf("answered %v, want 200", a)
 			}
@@ -428,6 +450,9 @@ func TestEveryAnswerHasSecurityHeaders(t *testing.T) {
 	} {
 		if got := row.a.header.Get("Cache-Control"); got != row.cache {
 			t.Errorf("Cache-Control of %s = %q, want %q", row.name, got, row.cache)
+		}
+		if got := row.a.header.Get("Pragma"); (got == "no-cache") != slices.Contains([]string{"a token", "a token refused", "an introspection", "a revocation", "a 405"}, row.name) {
+			t.Errorf("Pragma of %s = %q", row.name, got)
 		}
 		if got := row.a.header.Get("X-Content-Type-Options"); got != "nosniff" {
 			t.Errorf("X-Content-Type-Options of %s = %q, want nosniff", row.name, got)
@@ -607,7 +632,7 @@ func TestEveryFaultOfTheEnvironmentIsReportedAtOnce(t *testing.T) {
 	}
 	all := map[string]string{}
 	for _, v := range variables(t) {
-		all[v.name] = "\x01 canary"
+		all[v.name] = "\x01 canary@"
 	}
 	delete(all, "HOST") // any name of a machine might do
 	_, err = command(t.Context(), all, io.Discard)
@@ -744,7 +769,7 @@ func (v *service) ready() int {
 }
 
 func TestStoryOfAnOperator(t *testing.T) {
-	env := map[string]string{"DATABASE_URL": newDatabase(t), "REDIS_URL": newRedis(t), "LOG_LEVEL": "debug"}
+	env := map[string]string{"DATABASE_URL": newDatabase(t), "REDIS_URL": newRedis(t), "LOG_LEVEL": "debug", "DRAIN_TIME": "1s"}
 	var err error
 	if env["JWT_PRIVATE_KEY"], err = command(t.Context(), env, testLog, "keygen"); err != nil {
 		t.Fatal(err)
@@ -790,7 +815,7 @@ func TestStoryOfAnOperator(t *testing.T) {
 	// SIGTERM, with a request on its way.
 	conn := v.dial()
 	defer conn.Close()
-	body := "grant_type=client_credentials&client_id=" + id + "&client_secret=" + secret
+	body := "grant_type=client_credentials&client_id=" + id + "&client_secret=" + secret + "&pad=" + strings.Repeat("x", 15<<10) // which may take six seconds
 	fmt.Fprintf(conn, "POST /api/v1/token HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s", formType, len(body), body[:20])
 	result := make(chan error)
 	go func() { result <- stop() }()
@@ -810,7 +835,7 @@ func TestStoryOfAnOperator(t *testing.T) {
 }
 
 func TestStartWaitsForPostgreSQL(t *testing.T) {
-	env := map[string]string{"DATABASE_URL": newDatabase(t), "REDIS_URL": newRedis(t), "JWT_PRIVATE_KEY": testKey()}
+	env := map[string]string{"DATABASE_URL": newDatabase(t), "REDIS_URL": newRedis(t), "JWT_PRIVATE_KEY": testKey(), "DRAIN_TIME": "0"}
 	proxy := proxyDatabase(t, env)
 	proxy.set(refusing)
 	// Two ways of not being there yet; the second is how PostgreSQL says it itself.
@@ -837,5 +862,79 @@ func TestStartWaitsForPostgreSQL(t *testing.T) {
 	begun := time.Now()
 	if err := stop(); err == nil || time.Since(begun) > 5*time.Second {
 		t.Errorf("run that was told to stop while it waited = %v after %s, want an error at once", err, time.Since(begun))
+	}
+}
+
+// What can't be printed has not been done, and the status says so.
+func TestOutputThatIsLostIsAFailure(t *testing.T) {
+	t.Parallel()
+	p := newProgram(t, newDatabase(t), newRedis(t))
+	empty := p.another("DATABASE_URL", newDatabase(t))
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	for _, args := range [][]string{{"-h"}, {"-version"}, {"keygen"}, {"keygen", "ES256"}, {"verify-audit"}, {"audit-export"}, {"bootstrap", "unseen@example.com"}} {
+		cmd := empty.build(args...)
+		cmd.Stdout = full
+		if failed, ok := errors.AsType[*exec.ExitError](cmd.Run()); !ok || failed.ExitCode() != 1 {
+			t.Errorf("%q with a full output ends with %v, want 1", args, failed)
+		}
+	}
+	var n int
+	if err := empty.db.QueryRow(t.Context(), `select count(*) from agents where email = 'unseen@example.com'`).Scan(&n); err != nil || n != 0 {
+		t.Errorf("a bootstrap whose secret nobody saw leaves %d agents, %v", n, err)
+	}
+	if out := empty.command("bootstrap", "unseen@example.com"); !strings.Contains(out, "client_secret: ") {
+		t.Errorf("bootstrap then prints %q", out)
+	}
+}
+
+// An issuer has a path where several services share a host. A proxy takes it
+// away or leaves it.
+func TestIssuerMayHaveAPath(t *testing.T) {
+	t.Parallel()
+	const issuer = "https://id.example.com/tenants/a"
+	v := newService(t, "ISSUER", issuer)
+	id, secret := v.newClient(agentsRead, agentsWrite)
+	for name, prefix := range map[string]string{"straight": "/tenants/a", "behind a proxy that takes the path away": ""} {
+		token := v.want(v.do("POST", prefix+"/api/v1/token", "grant_type=client_credentials", "Content-Type", formType, "Authorization", basic(id, secret)), 200, "").text("access_token")
+		created := v.want(v.do("POST", prefix+"/api/v1/agents", agentJSON(fmt.Sprintf("%d@example.com", len(name)), "x:y"),
+			"Content-Type", "application/json", "Authorization", "Bearer "+token), 201, "")
+		if where := created.header.Get("Location"); where != "/tenants/a/api/v1/agents/"+created.text("agentId") {
+			t.Errorf("%s: Location is %q", name, where)
+		}
+		for _, path := range []string{
+			prefix + "/.well-known/jwks.json", prefix + "/health", prefix + "/openapi.yaml", prefix + "/.well-known/openid-configuration",
+			"/.well-known/oauth-authorization-server/tenants/a", prefix + "/.well-known/oauth-authorization-server",
+			"/.well-known/oauth-protected-resource/tenants/a", prefix + "/.well-known/oauth-protected-resource",
+		} {
+			v.want(v.do("GET", path, ""), 200, "")
+		}
+		for _, path := range []string{prefix + "/.well-known/jwks.json/tenants/b", prefix + "/tenants/b/health", prefix + "/nothing", "/tenants/ahealth", "/tenants/b/api/v1/agents"} {
+			v.want(v.do("GET", path, ""), 404, "NOT_FOUND")
+		}
+		v.want(v.do("DELETE", prefix+"/api/v1/token", ""), 405, "invalid_request")
+	}
+	challenge := v.do("GET", "/api/v1/agents", "").header.Get("WWW-Authenticate")
+	if want := `resource_metadata="https://id.example.com/.well-known/oauth-protected-resource/tenants/a"`; !strings.Contains(challenge, want) {
+		t.Errorf("the challenge is %q, want %s", challenge, want)
+	}
+	awkward := v.another("ISSUER", "https://id.example.com/api")
+	awkward.want(awkward.do("GET", "/api/v1/agents", ""), 401, "UNAUTHORIZED")
+	awkward.want(awkward.do("GET", "/api/api/v1/agents", ""), 401, "UNAUTHORIZED")
+}
+
+// A balancer asks all the time, and nobody wants to read that.
+func TestChecksAreNoInformation(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	for i, path := range []string{"/health", "/livez", "/readyz", "/.well-known/jwks.json"} {
+		id := fmt.Sprintf("check-%d", i)
+		v.want(v.do("GET", path, "", "X-Request-Id", id), 200, "")
+		if line := v.logged(id); line["level"] != map[bool]string{true: "DEBUG", false: "INFO"}[i < 3] {
+			t.Errorf("%s is logged as %v", path, line)
+		}
 	}
 }

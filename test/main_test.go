@@ -51,6 +51,7 @@ func TestMain(m *testing.M) {
 	if testFolder, err = os.MkdirTemp("", "idptest"); err != nil {
 		panic(err)
 	}
+	go showWork()
 	code := m.Run()
 	os.RemoveAll(testFolder)
 	if err := answers.close(code == 0); err != nil {
@@ -62,6 +63,18 @@ func TestMain(m *testing.M) {
 		code = 1
 	}
 	os.Exit(code)
+}
+
+// showWork tells who watches that something goes on: go prints nothing of a package
+// before it has ended.
+func showWork() {
+	terminal, err := os.OpenFile("/dev/tty", os.O_WRONLY, 0)
+	if err != nil {
+		return
+	}
+	for begun := time.Now(); ; time.Sleep(time.Second) {
+		fmt.Fprintf(terminal, "\rtest/: %d s, %d databases made ", int(time.Since(begun).Seconds()), databaseNumber.Load())
+	}
 }
 
 func findStores() error {

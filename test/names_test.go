@@ -62,7 +62,7 @@ const (
 	requestTimeout = 5 * time.Second
 	storeTimeout   = 3 * time.Second
 	redisTimeout   = 250 * time.Millisecond
-	drainTime      = time.Second
+	keysEvery      = 5 * time.Second
 	keepEvery      = 250 * time.Millisecond
 	bodyTime       = 2 * time.Second
 	bodyPace       = 8 << 10
@@ -79,7 +79,7 @@ const (
 func TestTimesAndSizesAreThoseOfThePage(t *testing.T) {
 	table := pageTables(t, "architecture.md", "## Times and sizes")
 	for name, here := range map[string]any{
-		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "drainTime": drainTime,
+		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "keysEvery": keysEvery,
 		"keepEvery": keepEvery, "bodyTime": bodyTime, "bodyPace": bodyPace, "maxBody": maxBody, "maxHeader": maxHeader,
 		"maxBodies": maxBodies, "maxBodiesOf": maxBodiesOf, "maxInFlight": maxInFlight, "queueSize": queueSize,
 	} {
@@ -333,6 +333,7 @@ const (
 	byToken      = "token:"
 	toChange     = "change:"
 	ofOneself    = "own:"
+	introspect   = "introspect:"
 )
 
 const (

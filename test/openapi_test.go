@@ -224,11 +224,12 @@ func TestEveryRouteRefusesInOneWay(t *testing.T) {
 	id, secret := v.quickClient("resumes:read")
 	weak := v.mint(id, newID())
 	limited := v.another("RATE_LIMIT_PER_MINUTE", "1")
-	for _, window := range []string{byToken, toChange, ofOneself, byCredential} { // which are full
+	for _, window := range []string{byToken, toChange, ofOneself, byCredential, introspect + byToken, introspect + byCredential} { // which are full
 		limited.rdb.Set(t.Context(), fmt.Sprintf("rate:%s%s:%d", window, limited.id, time.Now().Unix()/60), 100, time.Minute)
 		limited.rdb.Set(t.Context(), fmt.Sprintf("rate:%s%s:%d", window, limited.id, time.Now().Unix()/60+1), 100, time.Minute)
 	}
-	v.want(v.do("POST", "/api/v1/tokens", ""), 404, "invalid_request")
+	v.want(v.do("POST", "/api/v1/tokens", ""), 404, "NOT_FOUND")
+	v.want(v.do("POST", "/api/v1/token/x", ""), 404, "invalid_request")
 	big := bytes.Repeat([]byte("x"), 70<<10)
 	for _, rt := range routes(t) {
 		method, path, _ := strings.Cut(rt.pattern, " ")

@@ -41,7 +41,7 @@ func newKeyFiles(t testing.TB, private, public string) keyFiles {
 
 func (f keyFiles) set(private, public string) {
 	f.t.Helper()
-	if err := errors.Join(os.WriteFile(f.private, []byte(private), 0o600), os.WriteFile(f.public, []byte(public), 0o600)); err != nil {
+	if err := errors.Join(os.WriteFile(f.public, []byte(public), 0o600), os.WriteFile(f.private, []byte(private), 0o600)); err != nil {
 		f.t.Fatal(err)
 	}
 }

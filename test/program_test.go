@@ -350,7 +350,7 @@ func programEnv(database, redis string, env ...string) map[string]string {
 	all := map[string]string{
 		"DATABASE_URL": database, "REDIS_URL": redis, "JWT_PRIVATE_KEY": testKey(), "HOST": "127.0.0.1", "PORT": "0",
 		"ISSUER": "http://idp.test", "RATE_LIMIT_PER_MINUTE": "0", "MONTHLY_TOKEN_LIMIT": "0", "MAX_AGENTS": "0",
-		"METRICS_ADDR": "",
+		"METRICS_ADDR": "", "DRAIN_TIME": "1s",
 	}
 	for i := 0; i < len(env); i += 2 {
 		all[env[i]] = env[i+1]

@@ -819,7 +819,7 @@ func TestDatabaseOf010IsUpgraded(t *testing.T) {
 	insertEvents(t, conn, append(forged, forgeEvent(forged, time.Now(), tokenIssued)))
 
 	for i := range 2 { // again and again
-		if out, err := es.run("agentidp", theOwner, "migrate"); err != nil || out != "" {
+		if out, err := es.run("agentidp", theOwner, "migrate"); err != nil || !strings.Contains(out, "the schema is of version") {
 			t.Fatalf("migrate %d = %q, %v", i+1, out, err)
 		}
 		if got, want := es.comment(), "schema "+strconv.Itoa(schemaVersion(t)); got != want {
