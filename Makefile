@@ -29,6 +29,7 @@ run: ## start everything on http://localhost:3000, and print a client and a curl
 test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
 	@$(services) $(for_tests) env ANSWERS="$(if $(TESTFLAGS),,$(ANSWERS))" METRICS="$(if $(TESTFLAGS),,$(METRICS))" \
 		$(go_test) -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
+	@cd verify && exec $(go_test) -race -shuffle=on $(TESTFLAGS) ./...
 
 $(ANSWERS): $(wildcard *.go) schema.sql
 	@$(MAKE) test TESTFLAGS=
@@ -61,8 +62,8 @@ fuzz: ## run each fuzz target for FUZZTIME=30s
 
 lint: ## gofmt, go vet, staticcheck
 	@files=$$(gofmt -l .) && test -z "$$files" || { echo "gofmt would change: $$files" >&2; exit 1; }
-	@$(GO) vet ./...
-	@$(GO) tool -modfile=dev/tools/go.mod staticcheck ./...
+	@for module in . verify; do (cd $$module && $(GO) vet ./... && \
+		$(GO) tool -modfile="$(CURDIR)/dev/tools/go.mod" staticcheck ./...) || exit 1; done
 
 vuln: ## ask the Go vulnerability database about what is used here
 	@$(GO) tool -modfile=dev/tools/go.mod govulncheck ./...

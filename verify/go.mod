@@ -1,0 +1,3 @@
+module agentidp/verify
+
+go 1.26.0
