@@ -2,7 +2,10 @@ module agentidp/acceptance
 
 go 1.26.0
 
+replace agentidp/verify => ../../verify
+
 require (
+	agentidp/verify v0.0.0
 	github.com/MicahParks/keyfunc/v3 v3.9.1
 	github.com/coreos/go-oidc/v3 v3.21.0
 	github.com/golang-jwt/jwt/v5 v5.3.1

@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"agentidp/verify"
 	"github.com/MicahParks/keyfunc/v3"
 	"github.com/coreos/go-oidc/v3/oidc"
 	"github.com/golang-jwt/jwt/v5"
@@ -98,14 +99,14 @@ func rotateUnderLoad(ctx context.Context, w *world, c client) {
 	if len(u.kids) != 2 || u.issued.Load() < 100 {
 		err = fmt.Errorf("%d tokens were issued with the keys %q, want many with two", u.issued.Load(), u.kids)
 	}
-	for _, name := range []string{"go-oidc", "keyfunc", "jose"} {
+	for _, name := range []string{"go-oidc", "keyfunc", "verify", "jose"} {
 		if int64(u.seen[name]) < 2*u.issued.Load() {
 			err = fmt.Errorf("%s has accepted %d of %d tokens, shown twice", name, u.seen[name], u.issued.Load())
 		}
 	}
 	c.checked("every client has verified tokens of both keys", err)
 	if err == nil {
-		fmt.Printf("      %-27s %d tokens, each verified twice by go-oidc, keyfunc and jose\n", c.name, u.issued.Load())
+		fmt.Printf("      %-27s %d tokens, each verified twice by go-oidc, keyfunc, verify and jose\n", c.name, u.issued.Load())
 	}
 
 	// What the last key has signed is refused from now on.
@@ -243,7 +244,12 @@ func (u *users) start(ctx context.Context, w *world) error {
 	if err != nil {
 		return err
 	}
+	ours, err := verify.New(u.base, resource)
+	if err != nil {
+		return err
+	}
 	u.verifiers = map[string]func(string) error{
+		"verify":  func(token string) error { _, err := ours.Verify(ctx, token); return err },
 		"go-oidc": func(token string) error { _, err := checks.Verify(ctx, token); return err },
 		"keyfunc": func(token string) error {
 			_, err := jwt.Parse(token, set.Keyfunc, jwt.WithIssuer(u.base), jwt.WithAudience(resource), jwt.WithValidMethods([]string{"RS256"}))
