@@ -13,6 +13,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -97,8 +98,9 @@ func newRig(t *testing.T) *rig {
 	if out, err := exec.Command("cp", "-a", template, g.postgres.data()).CombinedOutput(); err != nil {
 		t.Fatalf("copying: %v: %s", err, out)
 	}
-	// The superuser is let in; for all others it is the password that counts.
-	rules := "host all,replication agentidp 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n"
+	// The test's own superuser is let in. The others are Debian's rules: by the socket one is who one is, else it is the
+	// password that counts.
+	rules := "host all agentidp 127.0.0.1/32 trust\nlocal all,replication all peer\nhost all,replication all 127.0.0.1/32 scram-sha-256\n"
 	if err := os.WriteFile(filepath.Join(g.postgres.data(), "pg_hba.conf"), []byte(rules), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -129,9 +131,14 @@ func newRig(t *testing.T) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
+	self, err := user.LookupId(strconv.Itoa(uid))
+	if err != nil {
+		t.Fatal(err)
+	}
 	g.env = []string{
 		"PATH=" + bin + ":" + os.Getenv("PATH"), "HOME=" + g.folder, "TZ=UTC",
-		"PGHOST=127.0.0.1", "PGPORT=" + g.ports["postgres"], "PGUSER=agentidp", "PGDATABASE=postgres", "PGDATA=" + g.postgres.data(),
+		"PGHOST=" + g.postgres.folder, "PGPORT=" + g.ports["postgres"], "PGUSER=" + self.Username, "PGDATABASE=postgres", "PGDATA=" + g.postgres.data(),
+		"POSTGRES=127.0.0.1:" + g.ports["postgres"],
 		"REDIS_URL=redis://default:rehearsal@127.0.0.1:" + g.ports["redis"] + "/0",
 		"BASE=http://127.0.0.1:" + g.ports["idp"], "PORT=" + g.ports["idp"], "METRICS_ADDR=127.0.0.1:" + g.ports["metrics"], "DRAIN_TIME=1s", "BACKUP=" + filepath.Join(g.folder, "elsewhere"),
 	}
@@ -139,6 +146,14 @@ func newRig(t *testing.T) *rig {
 		if err := g.obey("start " + name); err != nil {
 			t.Fatal(err)
 		}
+	}
+	conn, err := g.connect("postgres")
+	if err == nil {
+		defer conn.Close(context.Background())
+		_, err = conn.Exec(context.Background(), "create role "+pgx.Identifier{self.Username}.Sanitize()+" superuser login")
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 	return g
 }
@@ -283,13 +298,28 @@ func insert(t testing.TB, blocks []block, extras ...extra) []block {
 }
 
 // anotherDay is how a later session begins: with nothing that the installation
-// has left in the shell.
-var anotherDay = []block{{"the test, after the installation", 0, `
-env -i sh -euc '. ./session && checkpoint' # as cron does it
+// has left in the shell. Cron has been at work, and has sent a mail, which is
+// what a command prints, where it failed and only there. (That fsync is off is
+// the test's.)
+func anotherDay(t testing.TB) []block {
+	t.Helper()
+	cron := regexp.MustCompile(`(?m)^    0 \* \* \* \* root cd /etc/agentidp && (.*)$`).FindStringSubmatch(readPage(t, "README.md"))
+	if cron == nil {
+		t.Fatal("README.md has no line for cron")
+	}
+	return []block{{"the test, after the installation", 0, `
+mail() { env -i sh -c '` + cron[1] + `' 2>&1 | grep -v 'fsync or full_page_writes is off'; }
+before=$(newest)
+if mail; then exit 1; fi
+[ "$(newest)" != "$before" ]
+mv database_url elsewhere.url
+mail | grep DATABASE_URL
+mv elsewhere.url database_url
 unset AGENT TOKEN ADMIN BASE BACKUP
 . ./session
 ADMIN=$(token first-agent)
 `}}
+}
 
 func TestInstallCanBePasted(t *testing.T) {
 	t.Parallel()
@@ -315,15 +345,22 @@ func (g *rig) wantMode(mode os.FileMode, names ...string) {
 func TestDatabasePageCanBePasted(t *testing.T) {
 	t.Parallel()
 	g := newRig(t)
-	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay, runBlocks(t, "database.md")), nil)
+	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay(t), runBlocks(t, "database.md")), nil)
 }
 
 func TestSecurityPageCanBePasted(t *testing.T) {
 	t.Parallel()
 	g := newRig(t)
-	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay, insert(t, runBlocks(t, "security.md"),
-		extra{"KEYS=keys/old.pub", `
-active "$OLD" | grep '"active":false' # TOKEN_TTL was not waited for
+	page := runBlocks(t, "security.md")
+	secrets := page[slices.IndexFunc(page, func(b block) bool { return strings.Contains(b.text, "expiresAt") })].text
+	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay(t), insert(t, page,
+		extra{"OLD=$(token try-agent)\ncheckpoint", "ADMIN=expired # as it may have while one waited\n"},
+		extra{": | key jwt.pub\ncopies reload", `alive "$OLD"` + "\n"},
+		extra{"KEYS=keys/old.pub", `dead "$OLD" # TOKEN_TTL was not waited for` + "\n"},
+		extra{"for action in credential.generated", secrets + `
+psql -At -v agent="$AGENT" <<'END' | grep -x '1 of 3'
+select count(*) filter (where status = 'active') || ' of ' || count(*) from credentials where client_id = :'agent'
+END
 `})), nil)
 	g.wantMode(0o640, "keys/jwt.pem")
 	g.wantMode(0o600, "database_url", "first-agent", "try-agent")
@@ -346,9 +383,9 @@ func TestOperationsPageCanBePasted(t *testing.T) {
 				t.Fatalf("%d blocks of operations.md are not for %s, want one", all-len(page), from)
 			}
 			g := newRig(t)
-			g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay, insert(t, page, nights...)), func(b block) {
+			g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay(t), insert(t, page, nights...)), func(b block) {
 				if strings.Contains(b.text, "idp bootstrap") {
-					g.age()
+					g.age(30)
 				}
 			})
 		})
@@ -380,13 +417,14 @@ for file in "$BACKUP"/log/*.jsonl; do
 	fi
 done
 `},
-	{"systemctl start agentidp\nhealth ok\nADMIN", `
+	{"copies start\nhealth ok\nADMIN", `
 [ "$(wc -l <lost-events)" = 1 ]
 grep "\"seq\":$((kept + 1)),\"agentId\":\"$AGENT\".*agent.suspended" lost-events
 [ ! -e "$lost" ]
 psql -At -c "select has_database_privilege('agentidp_service', 'agentidp', 'temporary')" | grep -x f
 `},
-	{"-v days=90", `
+	{"-v days=", `
+echo RETENTION_DAYS=30 >>env
 api GET "/agents/$AGENT" | grep '"status":"active"' # the suspension was lost
 psql -At -c "select count(*) from pg_inherits where inhparent = 'audit_events'::regclass" >months
 `},
@@ -395,23 +433,23 @@ cmp expired old-month # the month that is old enough, and not the next
 psql -At -c "select count(*) + 1 from pg_inherits where inhparent = 'audit_events'::regclass" | cmp - months
 REVOKED=$(token try-agent)
 about revoke "$REVOKED"
-active "$REVOKED" | grep '"active":false'
+dead "$REVOKED"
 `},
-	{"owner migrate\nsystemctl restart", `
-active "$REVOKED" | grep '"active":false'
+	{"owner migrate\ncopies restart", `
+dead "$REVOKED"
 `},
 }
 
 // age makes a log that began long ago: a month with events that are old enough
 // to be dropped, and one behind it in which the first is as old.
-func (g *rig) age() {
+func (g *rig) age(days int) {
 	g.t.Helper()
 	conn, err := g.connect("agentidp")
 	if err != nil {
 		g.t.Fatal(err)
 	}
 	defer conn.Close(context.Background())
-	y, m, _ := time.Now().UTC().AddDate(0, 0, -90).Date()
+	y, m, _ := time.Now().UTC().AddDate(0, 0, -days).Date()
 	last := event{PrevHash: make(digest, 32), Hash: make(digest, 32)}
 	for _, back := range []int{2, 0} {
 		month := time.Date(y, m-time.Month(back), 1, 0, 0, 0, 0, time.UTC)
