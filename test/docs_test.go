@@ -40,25 +40,39 @@ func readPage(t testing.TB, name string) string {
 	return string(text)
 }
 
-// A block of commands of a page that is marked to be run.
+// A block of commands of a page that is marked to be run: where the service is,
+// or on one of PostgreSQL's machines.
 type block struct {
 	page string
 	line int
 	text string
 }
 
-var markedBlock = regexp.MustCompile("(?m)^<!-- run -->\n```sh\n((?s).*?)^```$")
+var markedBlock = regexp.MustCompile("(?m)^<!-- run(?: on (db1|db2|both))? -->\n```sh\n((?s).*?)^```$")
 
 func runBlocks(t testing.TB, page string) (list []block) {
 	t.Helper()
 	text := readPage(t, page)
 	for _, at := range markedBlock.FindAllStringSubmatchIndex(text, -1) {
-		list = append(list, block{page, 2 + strings.Count(text[:at[2]], "\n"), text[at[2]:at[3]]})
+		b := block{page, 2 + strings.Count(text[:at[4]], "\n"), text[at[4]:at[5]]}
+		if at[2] >= 0 {
+			machine := text[at[2]:at[3]]
+			b.text = on(strings.ReplaceAll(machine, "both", "db1 db2"), b.text)
+		}
+		list = append(list, b)
 	}
 	if marks := strings.Count(text, "<!-- run"); marks != len(list)+strings.Count(text, "`<!-- run -->`") {
 		t.Errorf("%s has %d marks to run, and %d blocks of sh below one", page, marks, len(list))
 	}
 	return list
+}
+
+// on runs commands in a shell of their own, on each of PostgreSQL's machines.
+func on(machines, commands string) (text string) {
+	for _, machine := range strings.Fields(machines) {
+		text += "(\n. ./on-" + machine + "\n" + commands + ")\n"
+	}
+	return text
 }
 
 // A rig is a machine as an operator has it: a PostgreSQL and a Redis that listen
@@ -68,7 +82,8 @@ type rig struct {
 	t        *testing.T
 	folder   string // where the operator works
 	program  string
-	postgres *postgresServer
+	postgres *postgresServer // db1
+	standby  *postgresServer // db2, whose data is not there yet
 	redis    *process
 	idp      *process
 	log      *programLog
@@ -94,7 +109,8 @@ func newRig(t *testing.T) *rig {
 	for _, name := range []string{"postgres", "redis", "idp", "metrics"} {
 		g.ports[name] = steadyPort(t)
 	}
-	g.postgres = postgresFolder(t, "listen_addresses=127.0.0.1", "port="+g.ports["postgres"])
+	g.postgres = postgresFolder(t, "listen_addresses=127.0.0.1", "port="+g.ports["postgres"], "full_page_writes=on") // which pg_rewind wants
+	g.standby = postgresFolder(t, "listen_addresses=127.0.0.2", "port="+g.ports["postgres"], "full_page_writes=on")
 	if out, err := exec.Command("cp", "-a", template, g.postgres.data()).CombinedOutput(); err != nil {
 		t.Fatalf("copying: %v: %s", err, out)
 	}
@@ -122,12 +138,13 @@ func newRig(t *testing.T) *rig {
 		}
 	}))
 	t.Cleanup(systemctl.Close)
-	script := "#!/bin/sh\nexec curl -sS --fail-with-body -G --data-urlencode words=\"$*\" " + systemctl.URL + "\n"
+	script := "#!/bin/sh\nexec curl -sS --fail-with-body -G --data-urlencode words=\"${MACHINE:+$MACHINE: }$*\" " + systemctl.URL + "\n"
 	uid, gid, _, err := postgresUser()
 	err = errors.Join(err, os.Mkdir(g.folder, 0o700), os.Mkdir(bin, 0o755), os.Mkdir(filepath.Join(g.folder, "keys"), 0o750),
 		os.Chown(g.folder, uid, gid), os.Chown(filepath.Join(g.folder, "keys"), uid, gid),
 		os.Symlink(program, filepath.Join(bin, "agentidp")),
-		os.WriteFile(filepath.Join(bin, "systemctl"), []byte(script), 0o755))
+		os.WriteFile(filepath.Join(bin, "systemctl"), []byte(script), 0o755),
+		os.WriteFile(filepath.Join(bin, "runuser"), []byte("#!/bin/sh\nshift 3\nexec \"$@\"\n"), 0o755)) // who is postgres already
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -140,7 +157,15 @@ func newRig(t *testing.T) *rig {
 		"PGHOST=" + g.postgres.folder, "PGPORT=" + g.ports["postgres"], "PGUSER=" + self.Username, "PGDATABASE=postgres", "PGDATA=" + g.postgres.data(),
 		"POSTGRES=127.0.0.1:" + g.ports["postgres"],
 		"REDIS_URL=redis://default:rehearsal@127.0.0.1:" + g.ports["redis"] + "/0",
-		"BASE=http://127.0.0.1:" + g.ports["idp"], "PORT=" + g.ports["idp"], "METRICS_ADDR=127.0.0.1:" + g.ports["metrics"], "DRAIN_TIME=1s", "BACKUP=" + filepath.Join(g.folder, "elsewhere"),
+		"BASE=http://127.0.0.1:" + g.ports["idp"], "PORT=" + g.ports["idp"], "METRICS_ADDR=127.0.0.1:" + g.ports["metrics"], "DRAIN_TIME=1s", "BACKUP=" + filepath.Join(g.folder, "elsewhere"), "ARCHIVE=" + filepath.Join(g.folder, "wal"),
+		"HOSTS=127.0.0.1:" + g.ports["postgres"] + ",127.0.0.2:" + g.ports["postgres"],
+	}
+	for i, p := range []*postgresServer{g.postgres, g.standby} {
+		text := fmt.Sprintf("export MACHINE=db%[1]d NAME=db%[1]d HOME=%[2]s PGHOST=%[2]s PGDATA=%[3]s CONFIG=%[3]s/postgresql.conf PEER=db%[4]d PEER_HOST=127.0.0.%[4]d PASSFILE=%[5]s\n",
+			i+1, p.folder, p.data(), 2-i, filepath.Join(g.folder, "replicator"))
+		if err := os.WriteFile(fmt.Sprintf("%s/on-db%d", g.folder, i+1), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 	for _, name := range []string{"postgresql", "redis-server"} {
 		if err := g.obey("start " + name); err != nil {
@@ -168,12 +193,28 @@ func (g *rig) command(name string, args ...string) *exec.Cmd {
 
 // obey does what systemctl does.
 func (g *rig) obey(words string) error {
+	if action, found := strings.CutSuffix(strings.TrimPrefix(words, "db1: "), " postgresql"); found {
+		p := g.postgres
+		if action, found = strings.CutPrefix(action, "db2: "); found {
+			p = g.standby
+		}
+		switch action {
+		case "restart":
+			return errors.Join(g.obey("stop postgresql"), g.obey("start postgresql"))
+		case "stop", "disable --now":
+			if p.process == nil {
+				return nil
+			}
+			return p.stop(g.t, syscall.SIGINT)
+		case "start", "enable --now":
+			p.launch()
+			if p == g.standby {
+				return nil // the page waits for it
+			}
+			return g.listening("postgres")
+		}
+	}
 	switch words {
-	case "start postgresql":
-		g.postgres.launch()
-		return g.listening("postgres")
-	case "stop postgresql":
-		return g.postgres.stop(g.t, syscall.SIGINT)
 	case "start redis-server":
 		program, err := exec.LookPath("redis-server")
 		if err != nil {
@@ -356,7 +397,19 @@ func TestSecurityPageCanBePasted(t *testing.T) {
 	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay(t), insert(t, page,
 		extra{"OLD=$(token try-agent)\ncheckpoint", "ADMIN=expired # as it may have while one waited\n"},
 		extra{": | key jwt.pub\ncopies reload", `alive "$OLD"` + "\n"},
-		extra{"KEYS=keys/old.pub", `dead "$OLD" # TOKEN_TTL was not waited for` + "\n"},
+		extra{"KEYS=keys/all.pub", `dead "$OLD" # TOKEN_TTL was not waited for` + "\n"},
+		extra{"awk '/BEGIN/", `
+rm keys/jwt.pem
+copies reload
+health ok
+if idp verify-audit; then exit 1; fi
+LOST=$(token try-agent)
+lost=$(newest)
+`},
+		extra{"expiresAt", `
+alive "$LOST"
+idp verify-audit "$(signed "$lost")" | grep '^extends'
+`},
 		extra{"for action in credential.generated", secrets + `
 psql -At -v agent="$AGENT" <<'END' | grep -x '1 of 3'
 select count(*) filter (where status = 'active') || ' of ' || count(*) from credentials where client_id = :'agent'
@@ -366,21 +419,23 @@ END
 	g.wantMode(0o600, "database_url", "first-agent", "try-agent")
 }
 
-// What can be restored from, and what only the other way needs.
-var restores = map[string]string{"a dump": "PGDATA}_before", "a physical backup": "agentidp_before"}
+// What can be restored from, and words of its block alone.
+var restores = map[string]string{"a dump": "agentidp_before", "a moment": "recovery_target_time"}
 
 // Between the backup and the restore an agent is suspended, which the restore
 // loses. The checkpoint from after that names the first event that is lost.
 func TestOperationsPageCanBePasted(t *testing.T) {
 	t.Parallel()
-	for from, other := range restores {
+	for from := range restores {
 		t.Run(from, func(t *testing.T) {
 			t.Parallel()
 			page := runBlocks(t, "operations.md")
-			all := len(page)
-			page = slices.DeleteFunc(page, func(b block) bool { return strings.Contains(b.text, other) })
-			if len(page) != all-1 {
-				t.Fatalf("%d blocks of operations.md are not for %s, want one", all-len(page), from)
+			for other, words := range restores {
+				all := len(page)
+				page = slices.DeleteFunc(page, func(b block) bool { return other != from && strings.Contains(b.text, words) })
+				if other != from && len(page) != all-1 {
+					t.Fatalf("%d blocks of operations.md are for %s, want one", all-len(page), other)
+				}
 			}
 			g := newRig(t)
 			g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay(t), insert(t, page, nights...)), func(b block) {
@@ -392,6 +447,38 @@ func TestOperationsPageCanBePasted(t *testing.T) {
 	}
 }
 
+// A standby is built and lost, the primary is lost, and comes back. What was
+// revoked in between stays so.
+func TestPostgreSQLPageCanBePasted(t *testing.T) {
+	t.Parallel()
+	g := newRig(t)
+	page := runBlocks(t, "postgresql.md")
+	synchronous := page[slices.IndexFunc(page, func(b block) bool { return strings.Contains(b.text, "sync_state = 'sync'") })].text
+	page = append(insert(t, page,
+		extra{"wait_event = 'SyncRep'", on("db2", "systemctl stop postgresql\n") + "health down\n"},
+		extra{"disable --now", "health ok\n" + on("db2", "systemctl start postgresql\n") + synchronous + `
+REVOKED=$(token try-agent)
+ADMIN=$(token first-agent)
+about revoke "$REVOKED"
+checkpoint
+` + on("db2", `# a standby that was built while commits waited for one
+echo "synchronous_standby_names = 'db2'" >>"$PGDATA/postgresql.auto.conf"
+psql -d postgres -At -c 'select pg_reload_conf()'
+`)},
+		extra{"psql -c checkpoint", `
+dead "$REVOKED"
+idp verify-audit "$(signed "$(newest)")" | grep '^extends'
+`}), block{"the test, after postgresql.md", 0, `
+` + on("db1", "systemctl stop postgresql\n") + `
+health down # commits wait for the old primary now
+` + on("db1", "systemctl start postgresql\n") + `
+health ok
+dead "$REVOKED"
+checkpoint
+`})
+	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay(t), page), nil)
+}
+
 // nights are what happens between the commands of operations.md, and what must
 // be seen there.
 var nights = []extra{
@@ -399,8 +486,18 @@ var nights = []extra{
 AGENT=$(sed -n 's/^client_id: //p' try-agent)
 TOKEN=$(token try-agent)
 `},
+	{"pg_basebackup -D", `
+psql -c "alter system set synchronous_standby_names = 'db2'" # which is in the backup then, and not waited for here
+`},
+	{"oldest=", `
+psql -c 'alter system reset synchronous_standby_names'
+start=$(sed -n 's/^START WAL.*file \(.*\))$/\1/p' "$BACKUP"/base-*/backup_label)
+[ "$(ls "$ARCHIVE" | head -n 1)" != "$start" ]
+`},
 	{"_before", `
+[ "$(ls "$ARCHIVE" | head -n 1)" = "$start" ]
 kept=$(last "$(newest)")
+base=$(ls -d "$BACKUP"/base-* | tail -n 1) UNTIL=$(psql -At -c 'select clock_timestamp()')
 api GET "/agents/$AGENT" | grep '"status":"active"'
 (ADMIN=$TOKEN && api GET "/agents/$AGENT")
 api PATCH "/agents/$AGENT" '{"status": "suspended"}'
