@@ -73,6 +73,10 @@ func TestUnitFitsTheProgram(t *testing.T) {
 	}
 	wantSettings(t, file, names...)
 	wantTimeToStop(t, file, strings.Join(settings["TimeoutStopSec"], ""))
+	// An instance has PORT and METRICS_ADDR of its own, by what is read last.
+	if got, want := settings["EnvironmentFile"], []string{"-/etc/agentidp/env", "-/etc/agentidp/env%i"}; !slices.Equal(got, want) {
+		t.Errorf("%s has the files %q, want %q", file, got, want)
+	}
 	if got := strings.Join(settings["ExecReload"], " "); got != "/bin/kill -HUP $MAINPID" {
 		t.Errorf("%s reloads by %q, want a SIGHUP", file, got)
 	}

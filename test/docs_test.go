@@ -85,7 +85,7 @@ type rig struct {
 	postgres *postgresServer // db1
 	standby  *postgresServer // db2, whose data is not there yet
 	redis    *process
-	idp      *process
+	copies   map[string]*process // agentidp, agentidp@2, other: agentidp
 	log      *programLog
 	ports    map[string]string
 	env      []string
@@ -105,8 +105,8 @@ func newRig(t *testing.T) *rig {
 	if err := errors.Join(err, templateErr); err != nil {
 		t.Fatal(err)
 	}
-	g := &rig{t: t, program: program, ports: map[string]string{}, asked: make(chan order), log: &programLog{serving: make(chan string, 100)}}
-	for _, name := range []string{"postgres", "redis", "idp", "metrics"} {
+	g := &rig{t: t, program: program, ports: map[string]string{}, asked: make(chan order), copies: map[string]*process{}, log: &programLog{serving: make(chan string, 100)}}
+	for _, name := range []string{"postgres", "redis", "idp", "metrics", "idp2", "metrics2", "metrics of another machine"} {
 		g.ports[name] = steadyPort(t)
 	}
 	g.postgres = postgresFolder(t, "listen_addresses=127.0.0.1", "port="+g.ports["postgres"], "full_page_writes=on") // which pg_rewind wants
@@ -138,12 +138,15 @@ func newRig(t *testing.T) *rig {
 		}
 	}))
 	t.Cleanup(systemctl.Close)
+	// A machine that root reaches by ssh has another /etc/agentidp, and is 127.0.0.3.
+	ssh := "#!/bin/sh\nshift\nMACHINE=other exec sh -c \"$(echo \"$*\" | sed 's|/etc/agentidp|" + g.other() + "|g')\"\n"
 	script := "#!/bin/sh\nexec curl -sS --fail-with-body -G --data-urlencode words=\"${MACHINE:+$MACHINE: }$*\" " + systemctl.URL + "\n"
 	uid, gid, _, err := postgresUser()
 	err = errors.Join(err, os.Mkdir(g.folder, 0o700), os.Mkdir(bin, 0o755), os.Mkdir(filepath.Join(g.folder, "keys"), 0o750),
 		os.Chown(g.folder, uid, gid), os.Chown(filepath.Join(g.folder, "keys"), uid, gid),
 		os.Symlink(program, filepath.Join(bin, "agentidp")),
-		os.WriteFile(filepath.Join(bin, "systemctl"), []byte(script), 0o755),
+		os.Mkdir(g.other(), 0o700), os.Chown(g.other(), uid, gid), os.Mkdir(g.other()+"/keys", 0o750), os.Chown(g.other()+"/keys", uid, gid),
+		os.WriteFile(filepath.Join(bin, "systemctl"), []byte(script), 0o755), os.WriteFile(filepath.Join(bin, "ssh"), []byte(ssh), 0o755),
 		os.WriteFile(filepath.Join(bin, "runuser"), []byte("#!/bin/sh\nshift 3\nexec \"$@\"\n"), 0o755)) // who is postgres already
 	if err != nil {
 		t.Fatal(err)
@@ -158,6 +161,7 @@ func newRig(t *testing.T) *rig {
 		"POSTGRES=127.0.0.1:" + g.ports["postgres"],
 		"REDIS_URL=redis://default:rehearsal@127.0.0.1:" + g.ports["redis"] + "/0",
 		"BASE=http://127.0.0.1:" + g.ports["idp"], "PORT=" + g.ports["idp"], "METRICS_ADDR=127.0.0.1:" + g.ports["metrics"], "DRAIN_TIME=1s", "BACKUP=" + filepath.Join(g.folder, "elsewhere"), "ARCHIVE=" + filepath.Join(g.folder, "wal"),
+		"PORT2=" + g.ports["idp2"], "METRICS2=127.0.0.1:" + g.ports["metrics2"], "OTHER=other", "ADDRESS=127.0.0.3",
 		"HOSTS=127.0.0.1:" + g.ports["postgres"] + ",127.0.0.2:" + g.ports["postgres"],
 	}
 	for i, p := range []*postgresServer{g.postgres, g.standby} {
@@ -191,6 +195,33 @@ func (g *rig) command(name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// other is /etc/agentidp of another machine.
+func (g *rig) other() string { return filepath.Join(g.postgres.folder, "other") }
+
+var unitOrder = regexp.MustCompile(`^(start|enable --now|stop|restart|reload) (agentidp(?:@(.+))?)$`)
+
+// obeyCopy does what systemctl does with a copy, here or on the other machine.
+func (g *rig) obeyCopy(machine, action, unit, instance string) error {
+	p := g.copies[machine+unit]
+	switch action {
+	case "reload":
+		return p.cmd.Process.Signal(syscall.SIGHUP)
+	case "stop", "restart":
+		if err := p.stop(g.t, syscall.SIGTERM); err != nil || action == "stop" {
+			return err
+		}
+	}
+	cmd := g.command(g.program)
+	cmd.Stderr = g.log
+	cmd.Env = g.unit(g.folder, instance)
+	if machine != "" { // which has its own 127.0.0.1
+		cmd.Env = append(g.unit(g.other(), instance), "METRICS_ADDR=127.0.0.1:"+g.ports["metrics of another machine"])
+	}
+	cmd.Env = append(cmd.Env, g.env[0], "DRAIN_TIME=1s") // no balancer has to see that a copy stops
+	g.copies[machine+unit] = startProcess(g.t, cmd, syscall.SIGTERM)
+	return nil // as a simple unit, whose start says nothing
+}
+
 // obey does what systemctl does.
 func (g *rig) obey(words string) error {
 	if action, found := strings.CutSuffix(strings.TrimPrefix(words, "db1: "), " postgresql"); found {
@@ -214,6 +245,10 @@ func (g *rig) obey(words string) error {
 			return g.listening("postgres")
 		}
 	}
+	there := strings.TrimPrefix(words, "other: ")
+	if m := unitOrder.FindStringSubmatch(there); m != nil {
+		return g.obeyCopy(words[:len(words)-len(there)], m[1], m[2], m[3])
+	}
 	switch words {
 	case "start redis-server":
 		program, err := exec.LookPath("redis-server")
@@ -223,28 +258,18 @@ func (g *rig) obey(words string) error {
 		g.redis = startProcess(g.t, g.command(program, "--bind", "127.0.0.1", "--port", g.ports["redis"],
 			"--requirepass", "rehearsal", "--maxmemory-policy", "noeviction", "--save", ""), syscall.SIGKILL)
 		return g.listening("redis")
-	case "start agentidp":
-		cmd := g.command(g.program)
-		cmd.Env, cmd.Stderr = append(g.unit(), g.env[0]), g.log
-		g.idp = startProcess(g.t, cmd, syscall.SIGTERM)
-		return nil // as a simple unit, whose start says nothing
-	case "stop agentidp":
-		return g.idp.stop(g.t, syscall.SIGTERM)
-	case "restart agentidp":
-		return errors.Join(g.obey("stop agentidp"), g.obey("start agentidp"))
-	case "reload agentidp":
-		return g.idp.cmd.Process.Signal(syscall.SIGHUP)
 	}
 	return fmt.Errorf("%q is nothing that systemctl does here", words)
 }
 
-// unit returns the variables that the systemd unit gives the service.
-func (g *rig) unit() (env []string) {
+// unit returns the variables that the systemd unit gives the service, or one
+// of its instances, of which folder is /etc/agentidp.
+func (g *rig) unit(folder, instance string) (env []string) {
 	g.t.Helper()
 	text := section(g.t, pages+"/agentidp.service", `\[Service\]`, `\[Install\]`)
 	for _, match := range regexp.MustCompile(`(?m)^(Environment=|EnvironmentFile=-)(.*)$`).FindAllStringSubmatch(text, -1) {
 		// Credentials are copies of files that are named alike.
-		value := strings.NewReplacer("%d", g.folder, "/etc/agentidp", g.folder).Replace(match[2])
+		value := strings.NewReplacer("%d", folder, "/etc/agentidp", folder, "%i", instance).Replace(match[2])
 		if match[1] == "Environment=" {
 			env = append(env, strings.Fields(value)...)
 			continue
@@ -395,8 +420,17 @@ func TestSecurityPageCanBePasted(t *testing.T) {
 	page := runBlocks(t, "security.md")
 	secrets := page[slices.IndexFunc(page, func(b block) bool { return strings.Contains(b.text, "expiresAt") })].text
 	g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay(t), insert(t, page,
+		extra{"key next.pem", `
+agentidp keygen | ssh other 'cat >/etc/agentidp/keys/jwt.pem' # who pastes it there too makes another key
+copies reload
+differ() { ! each published 1; }
+await differ
+spread
+copies reload
+await each published 1
+`},
 		extra{"OLD=$(token try-agent)\ncheckpoint", "ADMIN=expired # as it may have while one waited\n"},
-		extra{": | key jwt.pub\ncopies reload", `alive "$OLD"` + "\n"},
+		extra{": | key jwt.pub\nspread\ncopies reload", `alive "$OLD"` + "\n"},
 		extra{"KEYS=keys/all.pub", `dead "$OLD" # TOKEN_TTL was not waited for` + "\n"},
 		extra{"awk '/BEGIN/", `
 rm keys/jwt.pem
@@ -415,8 +449,11 @@ psql -At -v agent="$AGENT" <<'END' | grep -x '1 of 3'
 select count(*) filter (where status = 'active') || ' of ' || count(*) from credentials where client_id = :'agent'
 END
 `})), nil)
-	g.wantMode(0o640, "keys/jwt.pem")
-	g.wantMode(0o600, "database_url", "first-agent", "try-agent")
+	g.wantMode(0o640, "keys/jwt.pem", "../other/keys/jwt.pem", "../other/keys/jwt.pub")
+	g.wantMode(0o600, "database_url", "first-agent", "try-agent", "../other/database_url")
+	if readFile(t, g.folder+"/keys/jwt.pem") != readFile(t, g.other()+"/keys/jwt.pem") {
+		t.Error("the copies have different keys")
+	}
 }
 
 // What can be restored from, and words of its block alone.
