@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // The operator's pages, docs/devops, are held to the source, and what they have
@@ -75,9 +76,10 @@ func on(machines, commands string) (text string) {
 	return text
 }
 
-// A rig is a machine as an operator has it: a PostgreSQL and a Redis that listen
-// on loopback, the program, and what starts and stops the three of them, which
-// here is the test: its systemctl asks it to.
+// A rig is what an operator has: a PostgreSQL and a Redis that listen on
+// loopback, a machine for a standby, the copies of the program, of which one is
+// on another machine, and what starts and stops them, which here is the test:
+// its systemctl asks it to.
 type rig struct {
 	t        *testing.T
 	folder   string // where the operator works
@@ -984,6 +986,11 @@ func TestPagesHaveEveryMetricAndAlert(t *testing.T) {
 		}
 	}
 	wantSame(t, "operations.md", "alert", table, alerts)
+	for _, name := range alerts { // by promtool
+		if !strings.Contains(readPage(t, "alerts_test.yml"), `- {labels: '{alertname="`+name+`"}', value: `) {
+			t.Errorf("alerts_test.yml never has %s fire", name)
+		}
+	}
 }
 
 // levels are the functions of slog that log.
@@ -1105,6 +1112,11 @@ func TestPagesHaveEveryErrorOfTheStart(t *testing.T) {
 	if found < 15 {
 		t.Errorf("found only %d errors in the source", found)
 	}
+	for _, doing := range doings(t) {
+		if start["it says "+doing] == nil && logged["in `error` "+doing] == nil && !strings.Contains(said, doing+":") {
+			t.Errorf("operations.md lacks %q, which an error may begin with", doing)
+		}
+	}
 	for _, table := range []map[string]map[string]string{start, logged} {
 		for key := range table {
 			_, name, _ := strings.Cut(strings.TrimPrefix(key, "in "), " ")
@@ -1113,6 +1125,64 @@ func TestPagesHaveEveryErrorOfTheStart(t *testing.T) {
 					t.Errorf("operations.md has the error %q, which is not in the source", piece)
 				}
 			}
+		}
+	}
+}
+
+// doings are what errors begin with: what the program was about.
+func doings(t *testing.T) (list []string) {
+	for _, file := range goFiles(t, false) {
+		ast.Inspect(file.File, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			f := call.Fun
+			if generic, ok := f.(*ast.IndexExpr); ok {
+				f = generic.X
+			}
+			name, at := "", 0
+			switch f := f.(type) {
+			case *ast.Ident:
+				name = f.Name
+			case *ast.SelectorExpr:
+				name = f.Sel.Name
+			}
+			switch name {
+			case "execSQL":
+				at = 2
+			case "one":
+				at = 3
+			case "Errorf":
+			default:
+				return true
+			}
+			text := literal(call.Args[at])
+			if doing, found := strings.CutSuffix(text, ": %w"); (found || at > 0) && !strings.Contains(text, "%s") && !strings.Contains(doing, "\n") {
+				list = append(list, doing)
+			}
+			return true
+		})
+	}
+	if len(list) < 30 {
+		t.Fatalf("found only %q", list)
+	}
+	return list
+}
+
+// PostgreSQL knows the codes by these names.
+func TestPagesHaveTheCodesOfPostgreSQL(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	table := pageTables(t, "operations.md", "### What PostgreSQL says")
+	if len(table) < 10 {
+		t.Fatalf("operations.md has %d codes", len(table))
+	}
+	for key, row := range table {
+		_, err := v.db.Exec(t.Context(), "do $$ begin raise "+strings.Trim(row["name"], "`")+"; end $$")
+		var refused *pgconn.PgError
+		if !errors.As(err, &refused) || "SQLSTATE "+refused.Code != key {
+			t.Errorf("operations.md has %s for %s, and PostgreSQL says %v", key, row["name"], err)
 		}
 	}
 }
