@@ -22,6 +22,7 @@ while read -r package file; do
 done <<-EOF
 	nginx /usr/sbin/nginx
 	libnginx-mod-http-js /usr/lib/nginx/modules/ngx_http_js_module.so
+	haproxy /usr/sbin/haproxy
 	apache2-bin /usr/sbin/apache2
 	libapache2-mod-oauth2 /usr/lib/apache2/modules/mod_oauth2.so
 	python3-requests /usr/lib/python3/dist-packages/requests/__init__.py

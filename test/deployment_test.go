@@ -107,3 +107,22 @@ func TestComposeFitsTheProgram(t *testing.T) {
 		t.Errorf("%s publishes other ports than 127.0.0.1:3000 of the app", file)
 	}
 }
+
+// The proxies' configurations have no path that the service hasn't.
+func TestProxiesFitTheProgram(t *testing.T) {
+	document := readFile(t, "openapi.yaml")
+	for _, name := range []string{"haproxy.cfg", "nginx.conf"} {
+		text, found := readFile(t, "docs/devops/proxies/"+name), 0
+		for _, paths := range regexp.MustCompile(`(?m)(?:uri|location|path|path_beg)((?: /[a-z0-9./-]*)+)`).FindAllStringSubmatch(text, -1) {
+			for _, path := range strings.Fields(paths[1]) {
+				known := strings.Contains(document, "\n  "+path+":") || strings.HasSuffix(path, "/") && strings.Contains(document, "\n  "+path)
+				if found++; !known {
+					t.Errorf("%s has the path %s, which is none of the service", name, path)
+				}
+			}
+		}
+		if found < 2 {
+			t.Errorf("%s has only %d paths", name, found)
+		}
+	}
+}

@@ -898,11 +898,12 @@ func TestDatabasePageEqualsTheSchema(t *testing.T) {
 // The installation alone makes the service's role, by what roleSQL finds there
 // and the tests of attacks run.
 func TestInstallAloneGrants(t *testing.T) {
-	names, _ := filepath.Glob(pages + "/*")
+	names, _ := filepath.Glob(pages + "/*.*")
+	below, _ := filepath.Glob(pages + "/*/*")
 	others, _ := filepath.Glob("docs/*.md")
 	more, _ := filepath.Glob("docs/developers/*.md")
 	granting := regexp.MustCompile(`(?i)\b(create role agentidp_service|(grant|revoke) (select|insert|update|delete|truncate|usage|create|temp|all)[^\n]* (to|from) \w+)`)
-	for _, name := range slices.Concat(names, others, more, []string{"README.md", "docker-compose.yml", "schema.sql"}) {
+	for _, name := range slices.Concat(names, below, others, more, []string{"README.md", "docker-compose.yml", "schema.sql"}) {
 		text := readFile(t, name)
 		if name == pages+"/README.md" {
 			for line := range strings.Lines(roleSQL(t)) {

@@ -99,6 +99,8 @@ var clients = []struct {
 	{"mcp typescript-sdk", node("mcp.mjs")},
 	{"nginx", tryNginx},
 	{"apache mod_oauth2", tryApache},
+	{"two copies behind haproxy", tryBehindHAProxy},
+	{"two copies behind nginx", tryBehindNginx},
 	{"README walk", walkReadme},
 	{"README go", readmeGo},
 	{"README node", readmeNode},
