@@ -42,6 +42,8 @@ go build -o "$build/agentidp.$$" .
 mv "$build/agentidp.$$" $build/agentidp
 go build -C acceptance/go -o "../../$build/acceptance.$$" .
 mv "$build/acceptance.$$" $build/acceptance
+go build -C acceptance/kubernetes -o "../../$build/kubernetes.$$" .
+mv "$build/kubernetes.$$" $build/kubernetes
 
 # The agents of each run are registered in a database of its own.
 unset DATABASE_URL REDIS_URL

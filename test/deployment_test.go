@@ -1,9 +1,11 @@
 package test
 
 import (
+	"fmt"
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -105,6 +107,92 @@ func TestComposeFitsTheProgram(t *testing.T) {
 	// The one port that is published is the service's, on loopback.
 	if strings.Count(services, "ports:") != 1 || !strings.Contains(app, "    ports:\n      - \"127.0.0.1:3000:3000\"\n    volumes") {
 		t.Errorf("%s publishes other ports than 127.0.0.1:3000 of the app", file)
+	}
+}
+
+// setIn returns the variables that a manifest sets, but those of Go, of Kubernetes'
+// own form: one in a line.
+func setIn(text string) (names []string, values map[string]string) {
+	values = map[string]string{}
+	for _, match := range regexp.MustCompile(`(?m)^ +- \{name: ([A-Z_]+), value: "?([^"}]*)"?\}`).FindAllStringSubmatch(text, -1) {
+		values[match[1]] = match[2]
+		if match[1] != "GOMEMLIMIT" && match[1] != "DRAIN_TIME" {
+			names = append(names, match[1])
+		}
+	}
+	return names, values
+}
+
+// inManifest returns the one value that a line of a manifest has.
+func inManifest(t *testing.T, file, text, pattern string) string {
+	t.Helper()
+	found := regexp.MustCompile(`(?m)^ *`+pattern).FindAllStringSubmatch(text, -1)
+	if len(found) != 1 {
+		t.Fatalf("%s has %d lines like %s, want one", file, len(found), pattern)
+	}
+	return found[0][1]
+}
+
+func TestManifestsFitTheProgram(t *testing.T) {
+	const folder = "docs/devops/kubernetes/"
+	file := folder + "deployment.yaml"
+	text := readFile(t, file)
+	names, values := setIn(text)
+	wantSettings(t, file, names...)
+	drain, err := time.ParseDuration(values["DRAIN_TIME"])
+	if err != nil || drain < 10*time.Second {
+		t.Errorf("%s has the DRAIN_TIME %q: nodes and proxies may take 10 s to know that a pod goes", file, values["DRAIN_TIME"])
+	}
+	given, err := time.ParseDuration(inManifest(t, file, text, `terminationGracePeriodSeconds: (\d+)$`) + "s")
+	if least := drain + 4*requestTimeout + storeTimeout; err != nil || given <= least {
+		t.Errorf("%s gives %s to stop, want more than %s", file, given, least)
+	}
+	ports := map[string]string{}
+	for _, match := range regexp.MustCompile(`- \{name: (\w+), containerPort: (\d+)\}`).FindAllStringSubmatch(text, -1) {
+		ports[match[1]] = match[2]
+	}
+	i := slices.IndexFunc(variables(t), func(v variable) bool { return v.name == "PORT" })
+	if values["PORT"] != "" || ports["http"] != variables(t)[i].preset || ":"+ports["metrics"] != values["METRICS_ADDR"] {
+		t.Errorf("%s has the ports %v, and METRICS_ADDR %q", file, ports, values["METRICS_ADDR"])
+	}
+	for probe, path := range map[string]string{"startup": "/livez", "readiness": "/readyz", "liveness": "/livez"} {
+		got := inManifest(t, file, text, probe+`Probe:\n +httpGet: \{path: (\S+), port: http\}$`)
+		if got != path || !slices.Contains(publicRoutes, "GET "+path) {
+			t.Errorf("%s asks %s for %s, want %s", file, got, probe, path)
+		}
+	}
+	// At the start the program waits for PostgreSQL for a minute, and then says why it ends.
+	period, _ := strconv.Atoi(inManifest(t, file, text, `startupProbe:\n.*\n +periodSeconds: (\d+)$`))
+	tries, _ := strconv.Atoi(inManifest(t, file, text, `startupProbe:\n.*\n.*\n +failureThreshold: (\d+)$`))
+	if period*tries < 70 {
+		t.Errorf("%s gives %d s to start, want more than a minute", file, period*tries)
+	}
+	// What Go keeps within, in MiB, and what the kernel allows.
+	var within, allowed int
+	fmt.Sscanf(values["GOMEMLIMIT"], "%dMiB", &within)
+	fmt.Sscanf(inManifest(t, file, text, `limits: \{cpu: "2", memory: (\d+)Mi\}$`), "%d", &allowed)
+	if within == 0 || within*10 > allowed*9 {
+		t.Errorf("%s has GOMEMLIMIT %d and a limit of %d Mi, want a tenth more", file, within, allowed)
+	}
+	user := regexp.MustCompile(`(?m)^USER (\d+):`).FindStringSubmatch(readFile(t, "Dockerfile"))
+	for _, name := range []string{"deployment.yaml", "migrate.yaml"} {
+		text := readFile(t, folder+name)
+		if got := inManifest(t, name, text, `runAsUser: (\d+)$`); user == nil || got != user[1] {
+			t.Errorf("%s runs as %s, and the image as %v", name, got, user)
+		}
+		if got := inManifest(t, name, text, `image: registry.example.com/agentidp:(\S+)$`); got != release(t) {
+			t.Errorf("%s has the version %s, want %s", name, got, release(t))
+		}
+	}
+	// migrate needs the database alone, as its owner.
+	job := readFile(t, folder+"migrate.yaml")
+	if names, _ := setIn(job); !slices.Equal(names, []string{"DATABASE_URL_FILE"}) || !strings.Contains(job, "args: [migrate]") {
+		t.Errorf("migrate.yaml sets %q", names)
+	}
+	// Probes and metrics are served where the policy lets them in.
+	if n := strings.Count(readFile(t, folder+"network.yaml"), "ports: [{protocol: TCP, port: http}]") +
+		strings.Count(readFile(t, folder+"network.yaml"), "ports: [{protocol: TCP, port: metrics}]"); n != 2 {
+		t.Errorf("network.yaml lets in to %d of 2 ports", n)
 	}
 }
 

@@ -101,6 +101,7 @@ var clients = []struct {
 	{"apache mod_oauth2", tryApache},
 	{"two copies behind haproxy", tryBehindHAProxy},
 	{"two copies behind nginx", tryBehindNginx},
+	{"kubernetes manifests", tryKubernetes},
 	{"README walk", walkReadme},
 	{"README go", readmeGo},
 	{"README node", readmeNode},
