@@ -665,7 +665,11 @@ func newBouncer(t *testing.T, p *postgresServer, settings ...string) string {
 func TestServiceWorksBehindPgBouncerThatKeepsSessions(t *testing.T) {
 	t.Parallel()
 	postgres, store := newPostgres(t), newRedisServer(t)
-	address := newBouncer(t, postgres, "pool_mode=session")
+	block := regexp.MustCompile("(?s)\n```ini\n(.*?)\n```").FindStringSubmatch(readPage(t, "database.md"))
+	if block == nil || !strings.Contains(block[1], "pool_mode = session") {
+		t.Fatalf("database.md has the settings %q", block)
+	}
+	address := newBouncer(t, postgres, block[1])
 	p := newProgram(t, postgres.url(), store.url(), "DATABASE_URL", address+"&pool_max_conns=8")
 	q := p.another()
 	q.bearer = p.bearer
