@@ -214,3 +214,13 @@ func TestProxiesFitTheProgram(t *testing.T) {
 		}
 	}
 }
+
+// Engine 20.10 is that of Debian 12, and builds without BuildKit unless told.
+func TestDockerfileIsForAnyBuilder(t *testing.T) {
+	if found := regexp.MustCompile(`--(start-interval|mount|link|chmod|parents|exclude)\b|<<`).FindString(readFile(t, "Dockerfile")); found != "" {
+		t.Errorf("Dockerfile has %s, which the builder of Engine 20.10 lacks", found)
+	}
+	if !slices.Contains(strings.Split(readFile(t, ".dockerignore"), "\n"), "!.git") {
+		t.Error(".dockerignore keeps the commit from the program")
+	}
+}
