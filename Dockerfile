@@ -10,6 +10,14 @@ COPY . .
 RUN if [ -d .git ]; then git ls-files -dz | xargs -0r git update-index --skip-worktree; fi
 RUN go build -trimpath -o /agentidp .
 
+# A shell and psql beside the program, for the service "setup" of docker-compose.yml.
+FROM postgres:17 AS setup
+RUN install -d -o 65532 -g 65532 /secrets /redis
+COPY --from=build /agentidp /usr/local/bin/
+USER 65532:65532
+WORKDIR /secrets
+ENTRYPOINT ["sh", "-euc"]
+
 # No shell and nothing else to run.
 FROM scratch
 LABEL org.opencontainers.image.title=AgentIdP

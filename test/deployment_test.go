@@ -1,8 +1,12 @@
 package test
 
 import (
+	"bytes"
 	"fmt"
+	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -84,29 +88,84 @@ func TestUnitFitsTheProgram(t *testing.T) {
 	}
 }
 
+const composeFile = "docker-compose.yml"
+
 func TestComposeFitsTheProgram(t *testing.T) {
-	const file = "docker-compose.yml"
-	services := section(t, file, "services:", "networks:")
-	app := section(t, file, "  app:", "  # Makes")
+	services := section(t, composeFile, "services:", "networks:")
+	app := section(t, composeFile, "  app:", "  # Makes")
 	var names []string
 	for _, match := range regexp.MustCompile(`(?m)^      ([A-Z][A-Z_]+):`).FindAllStringSubmatch(app, -1) {
 		names = append(names, match[1])
 	}
-	wantSettings(t, file, names...)
+	wantSettings(t, composeFile, names...)
 	if match := regexp.MustCompile(`(?m)^    stop_grace_period: (\S+)`).FindStringSubmatch(app); match == nil {
-		t.Errorf("%s gives the service the default of 10 s to stop", file)
+		t.Errorf("%s gives the service the default of 10 s to stop", composeFile)
 	} else {
-		wantTimeToStop(t, file, match[1])
+		wantTimeToStop(t, composeFile, match[1])
 	}
 	count := strings.Count(services, "    networks: ") + strings.Count(services, "    network_mode: ")
-	for _, wanted := range []string{"    deploy: {resources: {limits: {cpus: ", "    logging: *logging"} {
-		if got := strings.Count(services, wanted); got != count || count != 4 {
-			t.Errorf("%s has %q for %d of %d services", file, wanted, got, count)
+	for wanted, of := range map[string]int{
+		"    deploy: {resources: {limits: {cpus: ":                 4,
+		"    logging: *logging\n":                                  4,
+		"    read_only: true\n":                                    4,
+		"    cap_drop: [ALL]\n":                                    4,
+		"    security_opt: [\"no-new-privileges:true\"]\n":         4,
+		"    restart: unless-stopped\n":                            3, // but setup, which ends
+		"    cap_add":                                              0,
+		"    privileged":                                           0,
+		"      setup: {condition: service_completed_successfully}": 2,
+	} {
+		if got := strings.Count(services, wanted); got != of || count != 4 {
+			t.Errorf("%s has %q for %d of %d services, want %d of 4", composeFile, wanted, got, count, of)
 		}
 	}
 	// The one port that is published is the service's, on loopback.
-	if strings.Count(services, "ports:") != 1 || !strings.Contains(app, "    ports:\n      - \"127.0.0.1:3000:3000\"\n    volumes") {
-		t.Errorf("%s publishes other ports than 127.0.0.1:3000 of the app", file)
+	if strings.Count(services, "ports:") != 1 || !strings.Contains(app, "    ports:\n      - \"127.0.0.1:${PORT:-3000}:3000\"\n    volumes") {
+		t.Errorf("%s publishes other ports than 3000 of the app, on 127.0.0.1", composeFile)
+	}
+	for _, secret := range regexp.MustCompile(`(?m)://\w+:([^@\s]*)@|requirepass (\S+)|password '([^']*)'|PASSWORD: *(\S+)|PRIVATE KEY`).FindAllStringSubmatch(services, -1) {
+		if !strings.HasPrefix(strings.Join(secret[1:], ""), "$") {
+			t.Errorf("%s has a secret in %q", composeFile, secret[0])
+		}
+	}
+}
+
+// Who trusts the gateway trusts all that comes through the published port, so
+// that is for the operator to say.
+func TestComposeNetworks(t *testing.T) {
+	networks := section(t, composeFile, "networks:", "volumes:")
+	match := regexp.MustCompile(`subnet: "\$\{SUBNET:-(\S+)\}"`).FindStringSubmatch(networks)
+	if match == nil {
+		t.Fatalf("%s pins no subnet", composeFile)
+	}
+	gateway := netip.MustParsePrefix(match[1]).Addr().Next().String()
+	if page := readPage(t, "local-development.md"); !strings.Contains(page, "TRUSTED_PROXIES="+gateway+"/32") || !strings.Contains(page, match[1]) {
+		t.Errorf("local-development.md does not say that the gateway is %s, of %s", gateway, match[1])
+	}
+	if !regexp.MustCompile(`(?m)^      TRUSTED_PROXIES:( #.*)?$`).MatchString(section(t, composeFile, "  app:", "  # Makes")) {
+		t.Errorf("%s trusts a proxy that nobody has named", composeFile)
+	}
+	_, stores, _ := strings.Cut(networks, "  stores:\n")
+	if stores != "    internal: true\n    driver_opts: {com.docker.network.bridge.inhibit_ipv4: \"true\"}\n\n" {
+		t.Errorf("%s has stores on %q, want a network that this machine and others are not in", composeFile, stores)
+	}
+}
+
+// An image of before a change is run where --build is missing. A signal by
+// Docker's commands makes the engine take the container for one that was
+// stopped by hand, and nothing starts it again.
+func TestPagesUseDockerWell(t *testing.T) {
+	more, _ := filepath.Glob(pages + "/*.md")
+	for _, name := range append(more, "README.md", composeFile) {
+		text := readFile(t, name)
+		for _, found := range regexp.MustCompile(`docker compose up.*`).FindAllString(text, -1) {
+			if !strings.HasPrefix(found, "docker compose up -d --build --wait") {
+				t.Errorf("%s has %q, want it to build and to wait", name, found)
+			}
+		}
+		if found := regexp.MustCompile(`docker (compose )?kill .*-s.*`).FindString(text); found != "" {
+			t.Errorf("%s has %q", name, found)
+		}
 	}
 }
 
@@ -222,5 +281,97 @@ func TestDockerfileIsForAnyBuilder(t *testing.T) {
 	}
 	if !slices.Contains(strings.Split(readFile(t, ".dockerignore"), "\n"), "!.git") {
 		t.Error(".dockerignore keeps the commit from the program")
+	}
+}
+
+// setupScript is what the service "setup" runs, as its shell gets it.
+func setupScript(t *testing.T) string {
+	t.Helper()
+	script := section(t, composeFile, "      - \\|", "    volumes:")
+	return strings.ReplaceAll(strings.ReplaceAll(script, "\n        ", "\n"), "$$", "$")
+}
+
+// The setup is run as Compose runs it, twice, beside a PostgreSQL; then as
+// after a loss of its secrets. What it gives the service is no more than what
+// the pages say.
+func TestComposeSetup(t *testing.T) {
+	t.Parallel()
+	script := setupScript(t)
+	for line := range strings.Lines(roleSQL(t)) {
+		if !strings.HasPrefix(line, "create role") && !strings.Contains(script, "\n"+line) {
+			t.Errorf("%s lacks %q of the installation", composeFile, line)
+		}
+	}
+	es := &estate{t, newPostgres(t), newRedis(t)}
+	es.exec("postgres", theSuperuser, `create database agentidp`)
+	program, err := builtProgram()
+	if err != nil {
+		t.Fatal(err)
+	}
+	folder := t.TempDir()
+	secrets, others, bin := filepath.Join(folder, "secrets"), filepath.Join(folder, "redis"), filepath.Join(folder, "bin")
+	for _, err := range []error{os.Mkdir(others, 0o700), os.Mkdir(bin, 0o700), os.Symlink(program, filepath.Join(bin, "agentidp"))} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	files := []string{"postgres-password", "redis-password", "jwt.pem", "jwt.pub", "database_url", "redis_url"}
+	setup := func() (made [][]byte) {
+		t.Helper()
+		if err := os.MkdirAll(secrets, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("sh", "-euc", strings.ReplaceAll(script, "/redis/", others+"/"))
+		cmd.Dir = secrets
+		cmd.Env = []string{"PATH=" + bin + ":" + os.Getenv("PATH"), "PGHOST=" + es.postgres.folder, "PGPORT=5432", "PGUSER=" + theSuperuser}
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("the setup fails: %v: %s", err, out)
+		}
+		for _, name := range files {
+			info, err := os.Stat(filepath.Join(secrets, name))
+			if err != nil || info.Mode() != 0o600 {
+				t.Fatalf("%s is not for its user alone, %v", name, err)
+			}
+			made = append(made, []byte(readFile(t, filepath.Join(secrets, name))))
+		}
+		if got, want := readFile(t, filepath.Join(others, "redis.conf")), "requirepass "+string(made[1])+"\n"; got != want || len(made[1]) != 32 {
+			t.Fatalf("redis.conf has %q, want %q with 32 digits", got, want)
+		}
+		return made
+	}
+	first := setup()
+	if second := setup(); !slices.EqualFunc(first, second, bytes.Equal) {
+		t.Error("a second setup makes other secrets")
+	}
+	if err := os.RemoveAll(secrets); err != nil {
+		t.Fatal(err)
+	}
+	third := setup()
+	for i, name := range files {
+		if same := bytes.Equal(first[i], third[i]); same != (name == "jwt.pub") {
+			t.Errorf("after a loss, that %s is the same is %v", name, same)
+		}
+	}
+
+	// The service starts by what it was given, and owns nothing.
+	var hash string
+	conn := es.connect("agentidp", theSuperuser)
+	err = conn.QueryRow(t.Context(), `select rolpassword from pg_authid where rolname = 'agentidp_service'`).Scan(&hash)
+	if err != nil || !strings.HasPrefix(hash, "SCRAM-SHA-256$") {
+		t.Errorf("the password of the service is kept as %.14q, %v", hash, err)
+	}
+	var foreign int
+	err = conn.QueryRow(t.Context(), `
+		select count(*) from pg_tables where schemaname = 'public' and tableowner <> 'agentidp_owner'`).Scan(&foreign)
+	if err != nil || foreign != 0 {
+		t.Errorf("%d tables are not the owner's, %v", foreign, err)
+	}
+	if _, err := es.run("agentidp", theService, "verify-audit"); err != nil {
+		t.Errorf("the service's role can't read the log: %v", err)
+	}
+	for _, sql := range []string{`delete from audit_events`, `drop table agents`, `create table public.x ()`, `create temporary table x ()`, `create role x`} {
+		if err := es.try("agentidp", theService, sql); err == nil || !strings.Contains(err.Error(), "42501") {
+			t.Errorf("as the service, %s = %v, want that it is not permitted", sql, err)
+		}
 	}
 }
