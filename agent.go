@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -163,7 +162,7 @@ func (s *server) listAgents(r *request) (any, error) {
 			and (@email::text is null or lower(email) = lower(@email))
 			and (@env::text is null or deployment_env = @env)
 			and (@capability::text is null or @capability = any(capabilities))
-			and (@q::text is null or position(lower(@q) in lower(email || ' ' || owner)) > 0)`, `
+			and (@q::text is null or position(lower(@q) in lower(email)) > 0 or position(lower(@q) in lower(owner)) > 0)`, `
 		order by agent_id desc`)
 	return p, err
 }
@@ -231,8 +230,8 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 			return event{}, err
 		}
 		if manages(old) && !manages(a) {
-			if left, err := hasManager(ctx, tx); err != nil || !left {
-				return event{}, cmp.Or(err, error(errLastManager))
+			if err := wantManager(ctx, tx); err != nil {
+				return event{}, err
 			}
 		}
 		did := agentUpdated
@@ -251,14 +250,29 @@ func manages(a agent) bool {
 	return a.Status == "active" && slices.Contains(a.Capabilities, agentsWrite)
 }
 
-// hasManager tells whether anybody is left who can manage agents. It holds a lock
-// until the transaction ends, so that two don't leave because of each other.
+// hasManager tells whether anybody is left who can manage agents: an active agent
+// with a credential. It holds a lock until the transaction ends, so that two don't
+// leave because of each other.
 func hasManager(ctx context.Context, tx pgx.Tx) (has bool, err error) {
 	if err = execSQL(ctx, tx, "locking registration", `select pg_advisory_xact_lock($1)`, agentLock); err == nil {
 		err = tx.QueryRow(ctx, `
-			select exists (select from agents where status = 'active' and 'agents:write' = any(capabilities))`).Scan(&has)
+			select exists (
+				select
+				from agents a
+				join credentials c on c.client_id = a.agent_id
+				where a.status = 'active' and 'agents:write' = any(a.capabilities) and c.status = 'active'
+					and (c.expires_at is null or c.expires_at > clock_timestamp()))`).Scan(&has)
 	}
 	return has, err
+}
+
+// wantManager refuses a change after which nobody could manage agents.
+func wantManager(ctx context.Context, tx pgx.Tx) error {
+	has, err := hasManager(ctx, tx)
+	if err == nil && !has {
+		err = errLastManager
+	}
+	return err
 }
 
 // checkAgentLimit holds a lock until the transaction ends, so that of two

@@ -149,6 +149,14 @@ func (s *server) listEvents(r *request) (any, error) {
 			and (@before::bigint is null or ("timestamp", seq) < (@beforeTime::timestamptz, @before))
 		order by "timestamp" desc, seq desc`
 	}
+	source := `audit_events`
+	if args["agent"].(*string) != nil { // each half has an index
+		source = `(
+			select ` + eventColumns + ` from audit_events where agent_id = @agent and action = 'token.issued' and outcome = 'success'
+			union all
+			select ` + eventColumns + ` from audit_events where agent_id = @agent and (action <> 'token.issued' or outcome <> 'success')
+		) as events`
+	}
 	oldest := s.oldestServed()
 	if from != nil && from.Before(oldest) || to != nil && to.Before(oldest) {
 		return nil, errRetention.with(map[string]any{"retentionDays": s.cfg.retentionDays, "oldest": moment{oldest}})
@@ -161,7 +169,7 @@ func (s *server) listEvents(r *request) (any, error) {
 		args["before"], args["beforeTime"] = before.Seq, time.UnixMilli(before.Time)
 	}
 	p, more, err := list[event](r.Context(), s.db, part, args, eventColumns, `
-		from `+eventSource(args)+`
+		from `+source+`
 		where (@agent::uuid is null or agent_id = @agent)
 			and (@actor::uuid is null or actor_id = @actor)
 			and (@action::text is null or action = @action)
@@ -172,24 +180,6 @@ func (s *server) listEvents(r *request) (any, error) {
 		return nil, err
 	}
 	return s.encodePage(p, more)
-}
-
-// eventSource is where to look for what concerns an agent, or was done by one: in
-// parts that have an index each, of which the last is what it did to others.
-func eventSource(args pgx.NamedArgs) string {
-	const of = `(
-			select ` + eventColumns + ` from audit_events where agent_id = @of and action = 'token.issued' and outcome = 'success'
-			union all
-			select ` + eventColumns + ` from audit_events where agent_id = @of and (action <> 'token.issued' or outcome <> 'success')`
-	if args["of"] = args["agent"]; args["agent"].(*string) != nil {
-		return of + `) as events`
-	}
-	if args["of"] = args["actor"]; args["actor"].(*string) != nil {
-		return of + `
-			union all
-			select ` + eventColumns + ` from audit_events where actor_id = @of and actor_id is distinct from agent_id) as events`
-	}
-	return `audit_events`
 }
 
 // date reads a time (RFC 3339) or a day, to which rest is added.

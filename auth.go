@@ -48,11 +48,14 @@ func (s *server) bearerOrClient(scope string) func(*request) error {
 		case r.form.Get("client_secret") != "":
 			err = errTwoMethods
 		default:
-			if err = s.identify(r); err == nil && revokes {
-				_, err = s.spend(r, byToken, "")
-			} else if err == nil {
-				_, err = s.spend(r, introspect+byToken, "")
+			if err = s.identify(r); err != nil {
+				break
 			}
+			window := introspect + byToken
+			if revokes || r.caller.need(scope) != nil { // who may not introspect leaves those alone who may
+				window = byToken
+			}
+			_, err = s.spend(r, window, "")
 		}
 		if err == nil {
 			err = r.caller.need(scope)

@@ -97,6 +97,10 @@ func into[T any](field *T, parse func(string) (T, error)) func(string) error {
 	}
 }
 
+// shownPattern is what is shown of a value that is no secret: too short and plain
+// for one that stands in the wrong variable.
+var shownPattern = regexp.MustCompile(`^[A-Za-z0-9.:/, -]{1,20}$`)
+
 // loadConfig reports every fault at once, of the variables that are needed (none:
 // of all), and repeats no part of a secret. What sets one of the first four says
 // in words of ours why it can't, since those of a driver quote.
@@ -104,16 +108,20 @@ func loadConfig(getenv func(string) (string, bool), needed ...string) (config, e
 	var cfg config
 	var wrong []error
 	for i, v := range cfg.variables() {
+		if needed != nil && !slices.Contains(needed, v.name) {
+			continue
+		}
 		value, fault := v.read(getenv, i < 4)
 		if fault == nil && value != "" {
 			if reason := v.set(value); reason != nil {
-				if i >= 4 { // no secret, unless somebody put one before a host
-					reason = errors.New("it was " + clip(value[strings.LastIndex(value, "@")+1:]))
+				if fault = errors.New("is not right"); i < 4 {
+					fault = fmt.Errorf("is not right, %w", reason)
+				} else if shownPattern.MatchString(value) {
+					fault = errors.New("is not right, it was " + value)
 				}
-				fault = fmt.Errorf("is not right, %w", reason)
 			}
 		}
-		if fault != nil && (needed == nil || slices.Contains(needed, v.name)) {
+		if fault != nil {
 			wrong = append(wrong, fmt.Errorf("%s %w: %s", v.name, fault, v.about))
 		}
 	}
@@ -191,7 +199,9 @@ func parseDuration(least, most time.Duration) func(string) (time.Duration, error
 func parseIssuer(v string) (string, error) {
 	u, err := url.Parse(v)
 	if err == nil && (u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil ||
-		strings.ContainsAny(v, `?#"\ `) || strings.HasSuffix(v, "/") || u.Path != "" && (path.Clean(u.Path) != u.Path || !pathPattern.MatchString(u.EscapedPath()))) {
+		strings.ContainsAny(v, `?#"\ `) || strings.HasSuffix(v, "/") || u.Path != "" && (path.Clean(u.Path) != u.Path || !pathPattern.MatchString(u.EscapedPath())) ||
+		strings.HasPrefix(u.Path+"/", "/api/v1/") || strings.HasPrefix(u.Path, "/.well-known")) { // which are ours
+
 		err = strconv.ErrSyntax
 	}
 	return v, err

@@ -32,7 +32,7 @@ func TestVariablesAreChecked(t *testing.T) {
 		"JWT_PRIVATE_KEY":       {"canary", testKey() + testKey(), strings.Replace(testKey(), "M", "N", 1), testKey()[:100]},
 		"JWT_PUBLIC_KEY":        {"canary", testKey()},
 		"PORT":                  {"-1", "65536", "http", "30 00", "0x10", "3000.0"},
-		"ISSUER":                {"https://h/", "h", "//h", "ftp://h", "https://h?x", "https://h#x", "https://u:canary@h", "https://", `https://h"`},
+		"ISSUER":                {"https://h/", "h", "//h", "ftp://h", "https://h?x", "https://h#x", "https://u:canary@h", "https://", `https://h"`, "https://h/api/v1", "https://h/api/v1/x", "https://h/.well-known", "https://h//x", "https://h/%41"},
 		"TOKEN_TTL":             {"0", "-1", "-1s", "25h", "86401", "1 h", "forever", "9223372036854775808", "500ms"},
 		"RATE_LIMIT_PER_MINUTE": {"-1", "many", "1.5", "9223372036854775808"},
 		"MONTHLY_TOKEN_LIMIT":   {"-1", "many", "9223372036854775808"},
@@ -158,7 +158,7 @@ func TestMetricsCanBeSwitchedOff(t *testing.T) {
 func TestFaultsOfTheEnvironmentTeach(t *testing.T) {
 	for name, row := range map[string]struct{ value, want string }{
 		"PORT":         {"abc", "PORT is not right, it was abc: port to listen on"},
-		"ISSUER":       {"https://u:canary@h", "ISSUER is not right, it was h: "},
+		"ISSUER":       {"https://u:canary@h", "ISSUER is not right: "},
 		"DATABASE_URL": {"postgres://u:p@canary@h/db", "in a password @ is written %40"},
 		"REDIS_URL":    {"redis://:12#canary@h", "in a password @ is written %40"},
 	} {

@@ -133,6 +133,9 @@ func (s *server) revokeCredential(r *request) (any, error) {
 		if err == nil {
 			err = execSQL(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
 		}
+		if err == nil {
+			err = wantManager(ctx, tx)
+		}
 		return newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID}), err
 	})
 }
@@ -191,7 +194,8 @@ func (s *server) bootstrap(ctx context.Context, address string, othersAreLost bo
 		return err
 	}
 	operator := &request{Request: (&http.Request{}).WithContext(ctx), id: s.newID()}
-	return s.change(operator, "", func(ctx context.Context, tx pgx.Tx) (event, error) {
+	printed := false
+	err = s.change(operator, "", func(ctx context.Context, tx pgx.Tx) (event, error) {
 		has, err := hasManager(ctx, tx)
 		if err == nil && has && !othersAreLost {
 			err = errors.New("an active agent may hold agents:write already; let it register others, or use recover if it is lost")
@@ -206,9 +210,14 @@ func (s *server) bootstrap(ctx context.Context, address string, othersAreLost bo
 		c, err := storeSecret(ctx, tx, secretRow{s.newID(), a.AgentID, plain.prefix(), hash, s.newID(), nil})
 		if err == nil { // before it is there: nobody could use one whose secret was not printed
 			_, err = fmt.Fprintf(stdout, "client_id: %s\nclient_secret: %s\n", a.AgentID, plain.reveal())
+			printed = true
 		}
 		return newEvent(agentCreated, a.AgentID, facts{"agent": q, "credentialId": c.CredentialID, "recovers": othersAreLost}), err
 	})
+	if err != nil && printed {
+		err = fmt.Errorf("%w; what was printed is of no use", err)
+	}
+	return err
 }
 
 // A secret is a client secret in clear. However it is printed or logged, it

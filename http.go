@@ -103,8 +103,8 @@ func (s *server) front(routes []route) http.Handler {
 			r.URL.Path, r.URL.RawPath = p, ""
 		}
 		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(p == "/api/v1/token" || strings.HasPrefix(p, "/api/v1/token/"))}
-		if cleaned, err := http.NewRequest(r.Method, strings.TrimSuffix(p, "/"), nil); err == nil && strings.HasSuffix(p, "/") {
-			if _, pattern := mux.Handler(cleaned); pattern != "" {
+		if shorter, slash := strings.CutSuffix(p, "/"); slash && pathPattern.MatchString(p) && path.Clean(p) == shorter {
+			if _, pattern := mux.Handler(&http.Request{Method: r.Method, URL: &url.URL{Path: shorter}}); pattern != "" {
 				none.handle = refuse(errNotFound.because("There is nothing at this path; without the slash at its end there is."))
 			}
 		} else if !pathPattern.MatchString(p) {

@@ -68,7 +68,7 @@ func decode[T any](r *request, read func(*inputs) T) (q T, err error) {
 		wrong = "doesn't begin with {, or isn't UTF-8"
 	}
 	if len(r.body) == 0 {
-		wrong = "is empty; it must be a JSON object, if only {}"
+		wrong = "is empty"
 	}
 	for wrong == "" && d.More() {
 		var value any

@@ -52,7 +52,7 @@ const release = "0.2.0"
 const (
 	maxHeader = 12 << 10         // bytes, to which net/http adds 4096
 	idleTime  = 15 * time.Minute // for a connection; longer than balancers keep theirs, or they send into one that is closed
-	keysEvery = 5 * time.Second  // how often the files of the keys are looked at
+	keysEvery = 2 * time.Second  // how often the files of the keys are looked at; twice the same is taken
 )
 
 func main() {
@@ -305,26 +305,39 @@ func (s *server) close() {
 	s.db.Close()
 }
 
-// readKeys takes the keys as they are now, if that is another state than the last
-// one. Where they are not right, the old ones stay.
-func (s *server) readKeys(getenv func(string) (string, bool), last string) (state string) {
-	cfg, err := loadConfig(getenv, "JWT_PRIVATE_KEY", "JWT_PUBLIC_KEY")
-	if err != nil {
-		if state = err.Error(); state != last {
-			slog.Error("keys not read, the old ones stay", "error", err)
+// watchKeys takes the keys when their files have changed and are the same for two
+// looks, since they may be half written; and at once on a hangup. Where they are
+// not right, the old ones stay.
+func (s *server) watchKeys(ctx context.Context, hangup <-chan os.Signal, getenv func(string) (string, bool)) {
+	taken := strings.Join(s.keys.Load().each("kid"), " ")
+	for seen := taken; ; {
+		before := seen
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(keysEvery):
+		case <-hangup:
+			before, taken = "", ""
 		}
-		return state
-	}
-	kids := cfg.keys.each("kid")
-	if state = strings.Join(kids, " "); state != last {
+		cfg, err := loadConfig(getenv, "JWT_PRIVATE_KEY", "JWT_PUBLIC_KEY")
+		if err != nil {
+			seen = err.Error()
+		} else {
+			seen = strings.Join(cfg.keys.each("kid"), " ")
+		}
+		if seen == taken || seen != before && before != "" {
+			continue
+		}
+		if taken = seen; err != nil {
+			slog.Error("keys not read, the old ones stay", "error", err)
+			continue
+		}
 		s.keys.Store(cfg.keys)
-		slog.Info("keys read", "kids", kids)
+		slog.Info("keys read", "kids", cfg.keys.each("kid"))
 	}
-	return state
 }
 
-// serve serves until ctx ends, and then finishes what has begun. A hangup has
-// it read the keys again at once.
+// serve serves until ctx ends, and then finishes what has begun.
 func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func(string) (string, bool)) error {
 	if s.cfg.metrics != nil {
 		listener, err := net.ListenTCP("tcp", s.cfg.metrics)
@@ -354,16 +367,13 @@ func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func
 	failed := make(chan error, 1)
 	go func() { failed <- web.Serve(listener) }()
 	slog.Info("serving", "url", s.cfg.issuer, "address", listener.Addr().String(), "version", version())
-	for keys := strings.Join(s.keys.Load().each("kid"), " "); ctx.Err() == nil; {
-		select {
-		case err := <-failed:
-			return fmt.Errorf("serving: %w", err)
-		case <-time.After(keysEvery):
-			keys = s.readKeys(getenv, keys)
-		case <-hangup:
-			keys = s.readKeys(getenv, "")
-		case <-ctx.Done():
-		}
+	watching, stopWatching := context.WithCancel(context.Background())
+	defer stopWatching()
+	go s.watchKeys(watching, hangup, getenv)
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serving: %w", err)
+	case <-ctx.Done():
 	}
 	slog.Info("stopping")
 	s.draining.Store(true)

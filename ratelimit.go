@@ -159,40 +159,42 @@ func addressKey(a netip.Addr) string {
 }
 
 // clientAddress is who sent the request: the peer, or where that is a trusted
-// proxy, the last address of X-Forwarded-For or Forwarded (RFC 7239) that isn't.
-// A proxy that sends one of them may let the other pass as the client wrote it, so
-// where they disagree nobody is believed.
+// proxy, the last address of X-Forwarded-For that isn't; or, where there is none,
+// of Forwarded (RFC 7239), which most proxies let pass as the client wrote it.
 func clientAddress(r *http.Request, trusted []netip.Prefix) netip.Addr {
-	peer, _ := readHop(r.RemoteAddr)
-	last := func(header string, hop func(string) string) netip.Addr {
-		addr, hops := peer, strings.Split(strings.Join(r.Header.Values(header), ","), ",")
-		for i := len(hops) - 1; i >= 0 && slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(addr) }); i-- {
-			next, err := readHop(hop(hops[i]))
-			if err != nil {
-				break
-			}
-			addr = next
+	addr, _ := readHop(r.RemoteAddr)
+	header, read := "X-Forwarded-For", strings.TrimSpace
+	if r.Header[header] == nil {
+		header, read = "Forwarded", forwardedFor
+	}
+	hops := strings.Split(strings.Join(r.Header[header], ","), ",")
+	for i := len(hops) - 1; i >= 0 && slices.ContainsFunc(trusted, func(p netip.Prefix) bool { return p.Contains(addr) }); i-- {
+		next, err := readHop(read(hops[i]))
+		if err != nil {
+			break
 		}
-		return addr
+		addr = next
 	}
-	old, new := last("X-Forwarded-For", strings.TrimSpace), last("Forwarded", forwardedFor)
-	switch {
-	case r.Header["Forwarded"] == nil || old == new:
-		return old
-	case r.Header["X-Forwarded-For"] == nil:
-		return new
-	}
-	return peer
+	return addr
 }
 
-// forwardedFor is the parameter "for" of an element of Forwarded.
-func forwardedFor(element string) string {
+// forwardedFor is the parameter "for" of an element of Forwarded. What else is
+// quoted there may hold anything, so an element that has such is none.
+func forwardedFor(element string) (hop string) {
 	for pair := range strings.SplitSeq(element, ";") {
-		if name, value, _ := strings.Cut(strings.TrimSpace(pair), "="); strings.EqualFold(name, "for") {
-			return strings.Trim(value, `"`)
+		name, value, _ := strings.Cut(strings.TrimSpace(pair), "=")
+		isFor := strings.EqualFold(name, "for")
+		if inner := strings.TrimSuffix(strings.TrimPrefix(value, `"`), `"`); isFor && len(inner) == len(value)-2 {
+			value = inner
+		}
+		if strings.Contains(value, `"`) {
+			return ""
+		}
+		if isFor {
+			hop = value
 		}
 	}
-	return ""
+	return hop
 }
 
 // readHop reads an address as proxies write it: with a port or without, one of
@@ -291,7 +293,7 @@ func (c *cache) call(ctx context.Context, calls []scriptCall) ([]reply, error) {
 // denied names a command of the scripts that this user may not call, since what
 // a script says of that doesn't.
 func (c *cache) denied(ctx context.Context) error {
-	const key = "rate:keeper:denied"
+	const key = "monthly:keeper"
 	for _, call := range [][]any{{"time"}, {"get", key}, {"set", key, 0, "px", 1000}, {"incr", key}, {"decr", key}, {"pexpire", key, 1000}} {
 		err := c.Do(ctx, call...).Err()
 		if redis.HasErrorPrefix(err, "NOPERM") {

@@ -96,8 +96,7 @@ create index if not exists audit_events_issued on audit_events (agent_id, seq)
     where action = 'token.issued' and outcome = 'success';
 create index if not exists audit_events_agent_id on audit_events (agent_id, seq)
     where action <> 'token.issued' or outcome <> 'success';
-create index if not exists audit_events_actor_id on audit_events (actor_id, seq)
-    where actor_id is distinct from agent_id; -- what it did to others
+create index if not exists audit_events_actor_id on audit_events (actor_id, seq);
 -- Any action may be rare. What is most of all is kept small.
 create index if not exists audit_events_tokens on audit_events (seq) where action = 'token.issued';
 create index if not exists audit_events_action on audit_events (action, seq) where action <> 'token.issued';

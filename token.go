@@ -71,7 +71,7 @@ func (s *server) checkGrant(r *request) (scope string, aud audience, err error) 
 		return "", nil, errGrantType.because("The grant_type must be client_credentials; it was '" + clip(r.form.Get("grant_type")) + "'.")
 	}
 	for name, right := range map[string]string{"audience": "resource (RFC 8707)", "aud": "resource (RFC 8707)", "resources": "resource", "scopes": "scope"} {
-		if r.form.Has(name) { // others are ignored (RFC 6749, section 3.2), but these would silently get more than was asked for
+		if r.form.Get(name) != "" { // others are ignored (RFC 6749, section 3.2), but these would silently get more than was asked for
 			return "", nil, errForm.because("There is no parameter " + name + "; it is called " + right + ".")
 		}
 	}

@@ -55,7 +55,7 @@ serve() {
 			say "no client of this database is known here, so none is shown"
 		fi
 	fi
-	for name in DATABASE_URL REDIS_URL JWT_PRIVATE_KEY JWT_PRIVATE_KEY_FILE JWT_PUBLIC_KEY ISSUER PORT HOST; do
+	for name in DATABASE_URL REDIS_URL JWT_PRIVATE_KEY JWT_PRIVATE_KEY_FILE JWT_PUBLIC_KEY JWT_PUBLIC_KEY_FILE ISSUER PORT HOST; do
 		eval "value=\${$name-}"
 		[ -z "$value" ] || printf "%s='%s'\n" "$name" "$(printf %s "$value" | sed "s/'/'\\\\''/g")"
 	done >.run/env

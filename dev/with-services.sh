@@ -79,12 +79,12 @@ own() {
 	fi
 }
 
-# as_owner becomes CMD, run by the owner of $dir. CMD gets the signal when this shell's parent dies.
+# as_owner becomes CMD, run by the owner of $dir/run. CMD gets the signal when this shell's parent dies.
 as_owner() {
 	signal=$1
 	shift
 	if [ "$(id -u)" = 0 ]; then
-		set -- --reuid="$(stat -c %u "$dir")" --regid="$(stat -c %g "$dir")" --clear-groups -- "$@"
+		set -- --reuid="$(stat -c %u "$dir/run")" --regid="$(stat -c %g "$dir/run")" --clear-groups -- "$@"
 	fi
 	exec setpriv --pdeathsig="$signal" "$@"
 }
@@ -98,18 +98,20 @@ private_folder() {
 		esac
 		[ "${#place}" -le 60 ] && [ -w "$place" ] || continue
 		exec 7<"$place"
-		flock 7 # so that none is removed between being made and being locked
+		flock -w 60 7 || say "another holds the lock of $place" # so that none is removed between being made and being locked
 		for old in "$place"/agentidp-services.*; do
-			if [ -r "$old" ] && (exec 6<"$old" && flock -n 6); then rm -rf "$old"; fi
+			if [ -d "$old" ] && [ ! -L "$old" ] && [ -r "$old" ] && (exec 6<"$old" && flock -n 6); then rm -rf "$old"; fi
 		done
 		dir=$(mktemp -d "$place/agentidp-services.XXXXXX")
 		exec 6<"$dir" 7<&-
 		flock 6
-		if [ -n "$data" ]; then chown --reference="$data" "$dir"; else own "$dir"; fi
-		if (cd / && as_owner TERM test -w "$dir"); then
+		chmod 711 "$dir" # what is in there is private by itself
+		mkdir -m 700 "$dir/run"
+		if [ -d "$data/postgres" ]; then chown --reference="$data/postgres" "$dir/run"; else own "$dir/run"; fi
+		if (cd / && as_owner TERM test -w "$dir/run"); then
 			return
 		fi
-		rmdir "$dir"
+		rm -r "$dir"
 	done
 	say "no private folder could be made in: $*"
 	exit 1
@@ -128,7 +130,6 @@ open_kept() {
 		exit 1
 	fi
 	chmod 700 "$data"
-	own "$data"
 	exec 8>>"$data/services.lock"
 	if ! flock -w 5 8; then # the last run may be stopping
 		say "$1 is in use by another run, of pid $(cat "$data/services.lock"). Stop that one, or set DATABASE_URL and REDIS_URL to share its servers."
@@ -148,7 +149,7 @@ run_initdb() {
 
 run_postgres() {
 	exec 5<"$data/postgres"
-	set -- -D /proc/self/fd/5 -c max_connections=200 -c listen_addresses= -c port=5432 -c unix_socket_directories="$dir"
+	set -- -D /proc/self/fd/5 -c max_connections=200 -c listen_addresses= -c port=5432 -c unix_socket_directories="$dir/run"
 	[ "$mode" != fast ] || set -- "$@" -c fsync=off -c full_page_writes=off
 	as_owner "$end" "$pgbin/postgres" "$@"
 }
@@ -156,7 +157,7 @@ run_postgres() {
 run_redis() {
 	as_owner TERM "$redis" - <<-EOF
 		port 0
-		unixsocket $dir/redis.sock
+		unixsocket $dir/run/redis.sock
 		unixsocketperm 700
 		save ""
 		databases 64
@@ -185,7 +186,7 @@ start_postgres() {
 	if [ ! -e "$data/postgres" ]; then
 		rm -rf "$data/initdb"
 		mkdir "$data/initdb"
-		chown --reference="$data" "$data/initdb"
+		chown --reference="$dir/run" "$data/initdb"
 		if ! (run_initdb) >"$dir/initdb.log" 2>&1 3<&-; then
 			say "initdb failed. Its log ends:"
 			tail -n 20 "$dir/initdb.log" >&2
@@ -300,6 +301,6 @@ exec 9<>"$dir/life" # for both ways, since that never waits
 ready=$(setsid sh "$self" --supervise "$mode" "$dir" "${data:-$dir}" "$pgbin" "$redis" &)
 [ -n "$ready" ] || exit 1
 export TMPDIR="$dir/tmp"
-[ -z "$need_postgres" ] || export DATABASE_URL="postgres:///postgres?host=$dir&port=5432&user=agentidp"
-[ -z "$need_redis" ] || export REDIS_URL="unix://$dir/redis.sock?db=0"
+[ -z "$need_postgres" ] || export DATABASE_URL="postgres:///postgres?host=$dir/run&port=5432&user=agentidp"
+[ -z "$need_redis" ] || export REDIS_URL="unix://$dir/run/redis.sock?db=0"
 exec "$@" 8>&-

@@ -48,7 +48,7 @@ func TestErrorsTeach(t *testing.T) {
 		{"another's token", token + "/revoke", basicAuth(id, secret), formType, "token=" + v.bearer, 400, []string{"another client", "agents:write"}},
 
 		{"no token", "GET /api/v1/agents", "", "", "", 401, []string{"Authorization: Bearer TOKEN", "POST /api/v1/token", "not in the URL"}},
-		{"a secret for a token", "GET /api/v1/agents", "Bearer " + v.secret, "", "", 401, []string{"no token that this service has signed", "POST /api/v1/token"}},
+		{"a secret for a token", "GET /api/v1/agents", "Bearer " + v.secret, "", "", 401, []string{"client_secret, and no token", "POST /api/v1/token"}},
 		{"a token cut short", "GET /api/v1/agents", bearer[:len(bearer)-9], "", "", 401, []string{"whole"}},
 		{"a token for others", "GET /api/v1/agents", "Bearer " + elsewhere, "", "", 401, []string{"for https://resumes.example.com", v.url}},
 		{"an expired token", "GET /api/v1/agents", "Bearer " + expired, "", "", 401, []string{"expired at 20"}},
@@ -56,7 +56,7 @@ func TestErrorsTeach(t *testing.T) {
 		{"a token without the scope", "GET /api/v1/agents", "Bearer " + weak, "", "", 403, []string{"scope agents:read", "resumes:read scores:*"}},
 
 		{"a form for JSON", agents, bearer, formType, "email=a", 415, []string{"application/json", "'" + formType + "'"}},
-		{"no body", agents, bearer, "application/json", "", 400, []string{"one JSON object", "begin with {"}},
+		{"no body", agents, bearer, "application/json", "", 400, []string{"one JSON object", "is empty"}},
 		{"a comma too many", agents, bearer, "application/json", `{"email":"a",}`, 400, []string{"JSON after byte 13"}},
 		{"a name twice", agents, bearer, "application/json", `{"email":"a","email":"b"}`, 400, []string{"has email twice"}},
 		{"no end", agents, bearer, "application/json", `{"email":"a"`, 400, []string{"closing }"}},

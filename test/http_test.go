@@ -399,9 +399,12 @@ func TestForwardedAddressCountsOnlyFromTrustedProxies(t *testing.T) {
 		{"Forwarded with IPv4 and a port", trusting, nil, []string{`for="203.0.113.7:80", for=10.1.2.3`}, "203.0.113.7"},
 		{"Forwarded that hides", trusting, nil, []string{"for=203.0.113.7, for=_hidden"}, "127.0.0.1"},
 		{"Forwarded without for", trusting, nil, []string{"by=203.0.113.7"}, "127.0.0.1"},
-		{"both, which agree", trusting, []string{"198.51.100.1, 203.0.113.7"}, []string{"for=203.0.113.7"}, "203.0.113.7"},
-		{"both, which disagree", trusting, []string{"203.0.113.7"}, []string{"for=192.0.2.1"}, "127.0.0.1"},
-		{"both, one empty", trusting, []string{"203.0.113.7"}, []string{""}, "127.0.0.1"},
+		{"Forwarded with a quoted comma", trusting, nil, []string{`for=203.0.113.7;host="x, for=198.51.100.99"`}, "127.0.0.1"},
+		{"Forwarded with a quoted semicolon", trusting, nil, []string{`host="a;for=198.51.100.98";for=203.0.113.7`}, "127.0.0.1"},
+		{"Forwarded with half a quote", trusting, nil, []string{`for="203.0.113.7`}, "127.0.0.1"},
+		{"both", trusting, []string{"198.51.100.1, 203.0.113.7"}, []string{"for=192.0.2.1"}, "203.0.113.7"},
+		{"both, one empty", trusting, []string{"203.0.113.7"}, []string{""}, "203.0.113.7"},
+		{"both, the other empty", trusting, []string{""}, []string{"for=203.0.113.7"}, "127.0.0.1"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			id := fmt.Sprintf("forwarded-%d", i)
@@ -632,7 +635,7 @@ func TestEveryFaultOfTheEnvironmentIsReportedAtOnce(t *testing.T) {
 	}
 	all := map[string]string{}
 	for _, v := range variables(t) {
-		all[v.name] = "\x01 canary@"
+		all[v.name] = "\x01 canary"
 	}
 	delete(all, "HOST") // any name of a machine might do
 	_, err = command(t.Context(), all, io.Discard)
@@ -646,6 +649,12 @@ func TestEveryFaultOfTheEnvironmentIsReportedAtOnce(t *testing.T) {
 	}
 	if strings.Contains(err.Error(), "canary") {
 		t.Errorf("run repeats what may be a secret:\n%v", err)
+	}
+	for name := range all { // in the wrong place
+		all[name] = ellipticKey()
+	}
+	if _, err := command(t.Context(), all, io.Discard); err == nil || regexp.MustCompile(`MIG|BEGIN EC|BEGIN PRIV`).MatchString(err.Error()) {
+		t.Errorf("run repeats a key:\n%v", err)
 	}
 }
 

@@ -62,7 +62,7 @@ const (
 	requestTimeout = 5 * time.Second
 	storeTimeout   = 3 * time.Second
 	redisTimeout   = 250 * time.Millisecond
-	keysEvery      = 5 * time.Second
+	keysEvery      = 2 * time.Second
 	keepEvery      = 250 * time.Millisecond
 	bodyTime       = 2 * time.Second
 	bodyPace       = 8 << 10

@@ -192,6 +192,8 @@ func TestLimitedAnswersSayTheLimit(t *testing.T) {
 			a, window := call.do(), byCredential
 			if strings.Contains("a 200, a 403, another's agent, a revocation by token", call.name) {
 				window = byToken
+			} else if call.name == "an introspection refused" {
+				window = introspect + byCredential
 			}
 			i := used[window]
 			used[window]++
