@@ -788,6 +788,13 @@ func TestLastManagerStays(t *testing.T) {
 		p.want(p.api(p.bearer, row.method, "/agents/"+p.id, row.body), 409, "AGENT_IS_LAST_MANAGER")
 	}
 	p.want(p.api(p.bearer, "PATCH", "/agents/"+p.id, `{"owner":"still here"}`), 200, "")
+	p.newAgent(agentsWrite) // who has no credential, and so manages nothing
+	p.want(p.api(p.bearer, "PATCH", "/agents/"+p.id, `{"status":"suspended"}`), 409, "AGENT_IS_LAST_MANAGER")
+	credentials := p.want(p.api(p.bearer, "GET", "/agents/"+p.id+"/credentials", ""), 200, "").body["data"].([]any)
+	only := credentials[0].(map[string]any)["credentialId"].(string)
+	p.want(p.api(p.bearer, "DELETE", "/agents/"+p.id+"/credentials/"+only, ""), 409, "AGENT_IS_LAST_MANAGER")
+	second, _ := p.newCredential(p.id)
+	p.want(p.api(p.bearer, "DELETE", "/agents/"+p.id+"/credentials/"+second, ""), 204, "")
 	ordinary := p.newAgent("a:b")
 	p.want(p.api(p.bearer, "PATCH", "/agents/"+ordinary, `{"status":"suspended"}`), 200, "")
 

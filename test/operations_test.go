@@ -554,3 +554,35 @@ func TestExportStreams(t *testing.T) {
 		t.Errorf("audit-export of an altered log = %v and ends %q, want 1 and the seq 21", err, bad[max(0, len(bad)-200):])
 	}
 }
+
+// Keys are taken without a signal, but not while they are written; and a file that
+// hangs holds up nothing.
+func TestKeysAreTakenWhenTheirFilesHaveChanged(t *testing.T) {
+	t.Parallel()
+	files := newKeyFiles(t, testKey(), publicPEM(t, secondKey()))
+	p := newProgram(t, newDatabase(t), newRedis(t), files.env()...)
+	before := p.kids()
+	for range rounds(8, 40) {
+		begun := time.Now()
+		files.set(testKey(), "")
+		time.Sleep(300 * time.Millisecond)
+		files.set(testKey(), publicPEM(t, secondKey()))
+		if time.Since(begun) < keysEvery {
+			time.Sleep(keysEvery * 2 / 7)
+			if got := p.kids(); !slices.Equal(got, before) || strings.Contains(p.log.String(), `"msg":"keys `) {
+				t.Fatalf("while a file was written, the keys %q were taken, of %q", got, before)
+			}
+		}
+	}
+	files.set(ellipticKey(), publicPEM(t, testKey()))
+	p.eventually("the new keys are taken", func() bool { return slices.Equal(p.kids(), kidsOf(t, ellipticKey(), testKey())) })
+	files.set("canary", "")
+	p.eventually("bad ones are complained of", func() bool { return strings.Contains(p.log.String(), "keys not read, the old ones stay") })
+	if err := errors.Join(os.Remove(files.private), syscall.Mkfifo(files.private, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * keysEvery)
+	if err := p.process.stop(t, syscall.SIGTERM); err != nil {
+		t.Errorf("with a file that hangs, it stops with %v", err)
+	}
+}

@@ -547,3 +547,33 @@ func TestZeroSwitchesALimitOff(t *testing.T) {
 		t.Errorf("without a quota, %d (%v) are counted, want the 2 of before", used, err)
 	}
 }
+
+// Introspections have windows of their own, and only who may introspect spends them.
+func TestIntrospectionsSpendNothingElse(t *testing.T) {
+	t.Parallel()
+	unlimited := newService(t)
+	v := unlimited.another("RATE_LIMIT_PER_MINUTE", "5")
+	id, secret := unlimited.quickClient(tokensRead, agentsRead)
+	narrow, token := unlimited.token(id, secret, agentsRead), unlimited.token(id, secret, tokensRead)
+	ask := func(status int, call func() answer) {
+		t.Helper()
+		v.want(call(), status, map[int]string{403: "insufficient_scope", 429: "temporarily_unavailable"}[status])
+	}
+	byThief := func() answer { return v.bearerForm(narrow, "/introspect", "token=x") }
+	byService := func() answer { return v.bearerForm(token, "/introspect", "token=x") }
+	bySecret := func() answer { return v.form(id, secret, "/introspect", "token=x") }
+	v.withinAMinute(func(int64, time.Duration) {
+		v.forget()
+		for _, row := range []struct {
+			status int
+			call   func() answer
+		}{{403, byThief}, {200, byService}, {200, bySecret}} {
+			for range 5 {
+				ask(row.status, row.call)
+			}
+			ask(429, row.call)
+		}
+		ask(200, func() answer { return v.form(id, secret, "", "grant_type=client_credentials") })
+		v.want(v.api(token, "GET", "/agents/"+id, ""), 429, "RATE_LIMIT_EXCEEDED") // which the thief has spent
+	})
+}

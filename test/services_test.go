@@ -1,6 +1,7 @@
 package test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -163,4 +164,19 @@ func TestRunEndsWithItsTerminal(t *testing.T) {
 			v.until("these stay", func() bool { return len(v.ofAll("")) == 0 && len(v.folders()) == 0 })
 		})
 	}
+}
+
+// What others have left in the place of the folders is let be.
+func TestServicesOpenNothingOfOthers(t *testing.T) {
+	t.Parallel()
+	v := &servicesRun{t: t, temp: openFolder(t)}
+	target := v.temp + "/target"
+	if err := errors.Join(syscall.Mkfifo(v.temp+"/agentidp-services.fifo", 0o600), os.Mkdir(target, 0o700),
+		os.Symlink(target, v.temp+"/agentidp-services.link")); err != nil {
+		t.Fatal(err)
+	}
+	if err := v.start("true").wait(); err != nil {
+		t.Errorf("beside a FIFO and a link it ends with %v", err)
+	}
+	v.until("a folder stays, or the others are gone", func() bool { return len(v.folders()) == 3 })
 }
