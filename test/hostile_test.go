@@ -335,7 +335,7 @@ func (v *service) exchange(text string, within time.Duration) (list []answer, er
 
 // ourHeaders are all that an answer may have, whatever was asked.
 var ourHeaders = strings.Fields(`Access-Control-Allow-Headers Access-Control-Allow-Methods Access-Control-Allow-Origin Access-Control-Expose-Headers
-	Access-Control-Max-Age Allow Cache-Control Connection Content-Length Content-Type Date Location Retry-After Vary Www-Authenticate
+	Access-Control-Max-Age Allow Cache-Control Connection Content-Length Content-Type Date Location Pragma Retry-After Vary Www-Authenticate
 	X-Content-Type-Options X-Ratelimit-Limit X-Ratelimit-Remaining X-Ratelimit-Reset X-Request-Id`)
 
 var describes = regexp.MustCompile(`^[\x20-\x21\x23-\x5b\x5d-\x7e]+$`) // RFC 6749, section 5.2
@@ -533,7 +533,7 @@ func (p *program) wantLines(want map[string]int) {
 		for line := range strings.Lines(p.log.String()) {
 			var fields struct{ Level, Msg, RequestID string }
 			_ = json.Unmarshal([]byte(line), &fields) // check has its own opinion
-			if fields.Msg == "request" {
+			if fields.Msg == "request" || fields.Msg == "check" {
 				have[fields.RequestID]++
 			}
 			if fields.Level == "ERROR" {
