@@ -19,6 +19,9 @@ for_tests = sh -c 'export TEST_DATABASE_URL="$$DATABASE_URL" TEST_REDIS_URL="$$R
 # The go command doesn't pass a SIGTERM on to the test program, so that is tied to it.
 go_test = $(GO) test $(if $(shell command -v setpriv),-exec "$(call tied,KILL)")
 
+# Tests at once: one more than there are cores, since some only wait.
+parallel = $(shell expr $$(nproc) + 1)
+
 help: ## list these
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1	/p' Makefile | expand -t 17
 
@@ -28,7 +31,7 @@ run: ## start everything on http://localhost:3000, and print a client and a curl
 # All tests, not some, leave a record of the answers for 'make openapi', and metrics of a busy copy for 'make promtool'.
 test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
 	@$(services) $(for_tests) env ANSWERS="$(if $(TESTFLAGS),,$(ANSWERS))" METRICS="$(if $(TESTFLAGS),,$(METRICS))" \
-		$(go_test) -race -shuffle=on -timeout 30m $(TESTFLAGS) ./...
+		$(go_test) -race -shuffle=on -parallel $(parallel) -timeout 30m $(TESTFLAGS) ./...
 	@cd verify && exec $(go_test) -race -shuffle=on $(TESTFLAGS) ./...
 
 $(ANSWERS): $(wildcard *.go) schema.sql
