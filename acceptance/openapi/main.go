@@ -357,7 +357,7 @@ func (c *checker) checkAnswer(a answer) {
 			c.check(a.Body == "", "%v has a body", a)
 			return
 		}
-		if strings.HasPrefix(a.Path, "/api/v1/token") {
+		if a.Path == "/api/v1/token" || strings.HasPrefix(a.Path, "/api/v1/token/") {
 			status += " oauth"
 		}
 		if anywhere[status] == "" {
