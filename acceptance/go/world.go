@@ -101,7 +101,7 @@ func newWorld(ctx context.Context, program string) (*world, error) {
 }
 
 func (w *world) environment(more ...string) []string {
-	env := []string{"HOST=127.0.0.1", "METRICS_ADDR=", "DRAIN_TIME=0"} // several copies run at once
+	env := []string{"HOST=127.0.0.1", "METRICS_ADDR=", "DRAIN_TIME=1s", "MAX_AGENTS=0"} // several copies run at once
 	for _, name := range []string{"PATH", "DATABASE_URL", "REDIS_URL"} {
 		env = append(env, name+"="+os.Getenv(name))
 	}
