@@ -69,7 +69,7 @@ func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
 		return nil, err
 	}
 	agentID, plain := r.PathValue("agentId"), newSecret()
-	if err := mayManage(r.Context(), s.db, r.caller, agentID, "active"); err != nil { // who may not gets no turn at hashing
+	if _, err := mayManage(r.Context(), s.db, r.caller, agentID, "active"); err != nil { // who may not gets no turn at hashing
 		return nil, err
 	}
 	hash, err := s.vault.hash(r.Context(), plain)
@@ -78,7 +78,7 @@ func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
 	}
 	var c credential
 	err = s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
-		err := mayManage(ctx, tx, r.caller, agentID, "active")
+		_, err := mayManage(ctx, tx, r.caller, agentID, "active")
 		if err == nil && did == credentialRotated {
 			err = checkCredential(ctx, tx, agentID, credentialID)
 		}
@@ -91,11 +91,11 @@ func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
 	return newCredential{c, plain.reveal()}, err
 }
 
-// mayManage refuses a change of an agent's credentials where the caller may
-// not, or the agent is in none of these states. An agent may change its own by
-// credentials:write. Else it is as for any change of the agent, since a
-// credential is all that the agent may do.
-func mayManage(ctx context.Context, db querier, c caller, agentID string, states ...string) error {
+// mayManage returns an agent, and refuses a change of its credentials where the
+// caller may not, or the agent is in none of these states. An agent may change
+// its own by credentials:write. Else it is as for any change of the agent, since
+// a credential is all that the agent may do.
+func mayManage(ctx context.Context, db querier, c caller, agentID string, states ...string) (agent, error) {
 	a, err := loadAgent(ctx, db, agentID)
 	if err == nil && (a.AgentID != c.AgentID || !c.has(credentialsWrite)) {
 		err = c.mayGrant(a.Capabilities)
@@ -103,7 +103,7 @@ func mayManage(ctx context.Context, db querier, c caller, agentID string, states
 	if err == nil && !slices.Contains(states, a.Status) {
 		err = errNotActive.because("The agent is " + a.Status + ", and only an active one is given a secret.")
 	}
-	return err
+	return a, err
 }
 
 func (s *server) listCredentials(r *request) (any, error) {
@@ -126,14 +126,14 @@ func (s *server) listCredentials(r *request) (any, error) {
 func (s *server) revokeCredential(r *request) (any, error) {
 	agentID, credentialID := r.PathValue("agentId"), r.PathValue("credentialId")
 	return nil, s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
-		err := mayManage(ctx, tx, r.caller, agentID, statuses...)
+		a, err := mayManage(ctx, tx, r.caller, agentID, statuses...)
 		if err == nil {
 			err = checkCredential(ctx, tx, agentID, credentialID)
 		}
 		if err == nil {
 			err = execSQL(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
 		}
-		if err == nil {
+		if err == nil && manages(a) {
 			err = wantManager(ctx, tx)
 		}
 		return newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID}), err

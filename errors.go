@@ -54,7 +54,7 @@ var (
 	errMethod       = &problem{status: 405, code: "METHOD_NOT_ALLOWED", oauth: "invalid_request", message: "The methods of this path are in the Allow header."}
 
 	errAgentExists       = &problem{status: 409, code: "AGENT_ALREADY_EXISTS", message: "An agent with this email is registered, if only as decommissioned: an email is never free again."}
-	errLastManager       = &problem{status: 409, code: "AGENT_IS_LAST_MANAGER", message: "Nobody could manage agents then: this is the last active one with agents:write that has a credential. Give both to another agent first."}
+	errLastManager       = &problem{status: 409, code: "AGENT_IS_LAST_MANAGER", message: "Nobody could manage agents then: this is the last active one with agents:write that has a credential. Give both to another agent first; a secret that is out is ended by rotating it."}
 	errDecommissioned    = &problem{status: 409, code: "AGENT_ALREADY_DECOMMISSIONED", message: "The agent is decommissioned, which is final."}
 	errCredentialRevoked = &problem{status: 409, code: "CREDENTIAL_ALREADY_REVOKED", message: "The credential is revoked, which is final."}
 

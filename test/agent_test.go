@@ -819,12 +819,20 @@ func TestLastManagerStays(t *testing.T) {
 		p.exec(`update agents set status = 'suspended' where agent_id = any($1)`, ids[1:])
 	}
 
+	// Who manages nothing ends its credentials, however it stands with the others.
+	own, ownSecret := p.newClient(credentialsWrite)
+	token := p.token(own, ownSecret, "")
+	leaked, _ := p.newCredential(own)
+	p.exec(`update credentials set expires_at = clock_timestamp() where client_id in (select agent_id from agents where 'agents:write' = any(capabilities))`)
+	p.want(p.api(token, "DELETE", "/agents/"+own+"/credentials/"+leaked, ""), 204, "")
+	p.exec(`update credentials set expires_at = null where client_id = $1`, p.id)
+
 	cmd := p.build("bootstrap", "another@example.com")
 	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "recover") {
 		t.Errorf("bootstrap beside a manager = %v: %s", err, out)
 	}
 	id, secret := credentialsOf(p.command("recover", "another@example.com"))
-	token := p.token(id, secret, "")
+	token = p.token(id, secret, "")
 	p.want(p.api(token, "DELETE", "/agents/"+p.id, ""), 204, "")
 	events := p.want(p.api(token, "GET", "/audit?agentId="+id+"&action=agent.created", ""), 200, "")
 	if !strings.Contains(events.raw, `"actorId":null`) || !strings.Contains(events.raw, `"recovers":true`) {
