@@ -198,11 +198,14 @@ func parseDuration(least, most time.Duration) func(string) (time.Duration, error
 
 func parseIssuer(v string) (string, error) {
 	u, err := url.Parse(v)
-	if err == nil && (u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil ||
-		strings.ContainsAny(v, `?#"\ `) || strings.HasSuffix(v, "/") || u.Path != "" && (path.Clean(u.Path) != u.Path || !pathPattern.MatchString(u.EscapedPath())) ||
-		strings.HasPrefix(u.Path+"/", "/api/v1/") || strings.HasPrefix(u.Path, "/.well-known")) { // which are ours
-
+	if err == nil && (u.Scheme != "https" && u.Scheme != "http" || u.Host == "" || u.User != nil || strings.ContainsAny(v, `?#"\ `)) {
 		err = strconv.ErrSyntax
+	}
+	if err == nil && u.Path != "" {
+		ours := strings.HasPrefix(u.Path+"/", "/api/v1/") || strings.HasPrefix(u.Path, "/.well-known")
+		if ours || path.Clean(u.Path) != u.Path || !pathPattern.MatchString(u.EscapedPath()) || strings.HasSuffix(v, "/") {
+			err = strconv.ErrSyntax
+		}
 	}
 	return v, err
 }

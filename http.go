@@ -103,19 +103,18 @@ func (s *server) front(routes []route) http.Handler {
 			r.URL.Path, r.URL.RawPath = p, ""
 		}
 		none := route{pattern: "none", who: public, handle: refuse(errNotFound), form: envelope(p == "/api/v1/token" || strings.HasPrefix(p, "/api/v1/token/"))}
-		if shorter, slash := strings.CutSuffix(p, "/"); slash && pathPattern.MatchString(p) && path.Clean(p) == shorter {
-			if _, pattern := mux.Handler(&http.Request{Method: r.Method, URL: &url.URL{Path: shorter}}); pattern != "" {
-				none.handle = refuse(errNotFound.because("There is nothing at this path; without the slash at its end there is."))
-			}
-		} else if !pathPattern.MatchString(p) {
-			none.handle = refuse(errNotFound.because("There is nothing at this path, and ids are UUIDs in lower case; GET /api/v1/agents?email= finds an agent."))
-		}
 		// Go reads on after a body that a proxy may have measured otherwise (RFC 9112, section 6.1), and
 		// of HTTP/1.0 doesn't even say that there was a Transfer-Encoding.
 		if r.TransferEncoding != nil || !r.ProtoAtLeast(1, 1) {
 			w.Header().Set("Connection", "close")
 		}
-		if !pathPattern.MatchString(p) || path.Clean(p) != p {
+		if !pathPattern.MatchString(p) {
+			none.handle = refuse(errNotFound.because("There is nothing at this path, and ids are UUIDs in lower case; GET /api/v1/agents?email= finds an agent."))
+			s.answer(none, w, r)
+		} else if cleaned := path.Clean(p); cleaned != p {
+			if _, pattern := mux.Handler(&http.Request{Method: r.Method, URL: &url.URL{Path: cleaned}}); pattern != "" && p == cleaned+"/" {
+				none.handle = refuse(errNotFound.because("There is nothing at this path; without the slash at its end there is."))
+			}
 			s.answer(none, w, r)
 		} else if s.allowOrigin(w, r) {
 			s.answer(route{pattern: "preflight", success: http.StatusNoContent, who: public, handle: noContent}, w, r)
