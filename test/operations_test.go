@@ -562,10 +562,10 @@ func TestKeysAreTakenWhenTheirFilesHaveChanged(t *testing.T) {
 	files := newKeyFiles(t, testKey(), publicPEM(t, secondKey()))
 	p := newProgram(t, newDatabase(t), newRedis(t), files.env()...)
 	before := p.kids()
-	for i := range rounds(3, 20) { // so far apart that no two looks see two of them
+	for i := range rounds(3, 20) { // so far apart that no two looks see two of them, and each long enough for one
 		begun := time.Now()
 		files.set(testKey(), "")
-		time.Sleep(300 * time.Millisecond)
+		time.Sleep(keysEvery * 17 / 20)
 		files.set(testKey(), publicPEM(t, secondKey()))
 		if time.Since(begun) < keysEvery {
 			time.Sleep(5*keysEvery/2 + time.Duration(i)*keysEvery/7)
