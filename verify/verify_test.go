@@ -627,8 +627,12 @@ func TestKnownKeysOutliveTheIssuer(t *testing.T) {
 		accepted(t, v, rsaKey().token(nil))
 		i.want(t, 2)
 
-		for name, away := range map[string]func(){"it refuses": func() { i.down = true }, "it hangs": func() { i.down, i.slow = false, time.Hour }} {
-			i.change(away)
+		for _, name := range []string{"it refuses", "it hangs", "it refuses"} { // in either order
+			i.change(func() {
+				if i.down, i.slow = true, 0; name == "it hangs" {
+					i.down, i.slow = false, time.Hour
+				}
+			})
 			time.Sleep(time.Hour)
 			accepted(t, v, rsaKey().token(nil)) // the first may wait until the fetch is given up
 			asked := i.count()
@@ -651,7 +655,7 @@ func TestKnownKeysOutliveTheIssuer(t *testing.T) {
 		}
 		time.Sleep(keysLast)
 		unjudged(t, v, rsaKey().token(nil)) // no token lives that long
-		i.change(func() { i.slow = 0 })
+		i.change(func() { i.down, i.slow = false, 0 })
 		time.Sleep(2 * fetchTime)
 		accepted(t, v, rsaKey().token(nil))
 		asked := i.count()
