@@ -2,11 +2,14 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -22,12 +25,22 @@ type agent struct {
 	Capabilities  []string `json:"capabilities"`
 	Owner         string   `json:"owner"`
 	DeploymentEnv string   `json:"deploymentEnv"`
-	Status        string   `json:"status"`
-	CreatedAt     moment   `json:"createdAt"`
-	UpdatedAt     moment   `json:"updatedAt"`
+	allowance
+	Status    string `json:"status"`
+	CreatedAt moment `json:"createdAt"`
+	UpdatedAt moment `json:"updatedAt"`
 }
 
-const agentColumns = `agent_id, email, agent_type, version, capabilities, owner, deployment_env, status, created_at, updated_at`
+// An allowance is what an agent can't change of itself.
+type allowance struct {
+	Resources         []string `json:"resources"`         // where its tokens may go; none is anywhere
+	RateLimit         *int     `json:"rateLimit"`         // requests a minute; as of all these null is what the deployment has
+	MonthlyTokenLimit *int     `json:"monthlyTokenLimit"` // tokens
+	TokenTTL          *int     `json:"tokenTtl"`          // seconds
+}
+
+const agentColumns = `agent_id, email, agent_type, version, capabilities, owner, deployment_env,
+	resources, rate_limit, monthly_token_limit, token_ttl, status, created_at, updated_at`
 
 // An agentChange changes what is there and leaves the rest.
 type agentChange struct {
@@ -37,6 +50,42 @@ type agentChange struct {
 	Owner         *string   `json:"owner,omitempty"`
 	DeploymentEnv *string   `json:"deploymentEnv,omitempty"`
 	Status        *string   `json:"status,omitempty"`
+
+	Resources         *[]string `json:"resources,omitempty"`
+	RateLimit         *ownLimit `json:"rateLimit,omitempty"`
+	MonthlyTokenLimit *ownLimit `json:"monthlyTokenLimit,omitempty"`
+	TokenTTL          *ownLimit `json:"tokenTtl,omitempty"`
+}
+
+// allows tells whether it changes any of those.
+func (q agentChange) allows() bool {
+	return q.Resources != nil || q.RateLimit != nil || q.MonthlyTokenLimit != nil || q.TokenTTL != nil
+}
+
+// An ownLimit is what an agent gets in place of the deployment's; notOwn takes it
+// away again.
+type ownLimit int
+
+const notOwn ownLimit = -1 // null in JSON and in the table
+
+func (l ownLimit) MarshalJSON() ([]byte, error) {
+	if l == notOwn {
+		return []byte("null"), nil
+	}
+	return json.Marshal(int(l))
+}
+
+func readOwnLimit(least, most int) func(any) (ownLimit, error) {
+	return func(value any) (ownLimit, error) {
+		n, ok := value.(float64)
+		if value == nil {
+			return notOwn, nil
+		}
+		if !ok || n < float64(least) || n > float64(most) || n != math.Trunc(n) {
+			return notOwn, fmt.Errorf("must be a whole number from %d to %d, or null for what the deployment has", least, most)
+		}
+		return ownLimit(n), nil
+	}
 }
 
 func readAgentChange(in *inputs) agentChange {
@@ -46,6 +95,11 @@ func readAgentChange(in *inputs) agentChange {
 		Capabilities:  take(in, "capabilities", readCapabilities),
 		Owner:         take(in, "owner", owner),
 		DeploymentEnv: take(in, "deploymentEnv", oneOf(environments)),
+
+		Resources:         take(in, "resources", readResources),
+		RateLimit:         take(in, "rateLimit", readOwnLimit(0, 1e6)),
+		MonthlyTokenLimit: take(in, "monthlyTokenLimit", readOwnLimit(0, 1e9)),
+		TokenTTL:          take(in, "tokenTtl", readOwnLimit(1, int(maxTokenTTL/time.Second))),
 	}
 }
 
@@ -104,6 +158,19 @@ func readCapabilities(value any) (list []string, err error) {
 		return nil, errors.New(strings.Join(wrong, "; "))
 	}
 	return list, nil
+}
+
+func readResources(value any) (list []string, err error) {
+	values, ok := value.([]any)
+	for _, value := range values {
+		resource, _ := value.(string)
+		ok = ok && isResource(resource) && !slices.Contains(list, resource)
+		list = append(list, resource)
+	}
+	if !ok || len(list) > maxResources || len(strings.Join(list, "")) > maxResourceBytes {
+		return nil, fmt.Errorf("must be a list of up to %d absolute URIs without a fragment, of %d characters together, each once; none is any", maxResources, maxResourceBytes)
+	}
+	return append([]string{}, list...), nil
 }
 
 // A registration has all that an agent can have, but the status.
@@ -211,6 +278,9 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 		if err == nil && q.Capabilities != nil {
 			err = r.caller.mayGrant(*q.Capabilities)
 		}
+		if err == nil && q.allows() && id == r.caller.AgentID {
+			err = errForbidden.because("An agent can't change its own resources and limits; another with agents:write can.")
+		}
 		if err == nil && old.Status == "decommissioned" {
 			err = errDecommissioned
 		}
@@ -222,10 +292,13 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 			set agent_type = coalesce($2, agent_type), version = coalesce($3, version),
 				capabilities = coalesce($4, capabilities), owner = coalesce($5, owner),
 				deployment_env = coalesce($6, deployment_env), status = coalesce($7, status),
+				resources = coalesce($8, resources), rate_limit = nullif(coalesce($9, rate_limit), -1),
+				monthly_token_limit = nullif(coalesce($10, monthly_token_limit), -1), token_ttl = nullif(coalesce($11, token_ttl), -1),
 				updated_at = date_trunc('milliseconds', clock_timestamp())
 			where agent_id = $1
 			returning `+agentColumns,
-			id, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv, q.Status)
+			id, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv, q.Status,
+			q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL)
 		if err != nil {
 			return event{}, err
 		}
@@ -299,11 +372,13 @@ func (s *server) checkAgentLimit(ctx context.Context, tx pgx.Tx) error {
 
 func insertAgent(ctx context.Context, db querier, id string, q registration) (agent, error) {
 	return one[agent](ctx, db, errAgentExists, "registering agent", `
-		insert into agents (agent_id, email, agent_type, version, capabilities, owner, deployment_env)
-		values ($1, $2, $3, $4, $5, $6, $7)
+		insert into agents (agent_id, email, agent_type, version, capabilities, owner, deployment_env,
+			resources, rate_limit, monthly_token_limit, token_ttl)
+		values ($1, $2, $3, $4, $5, $6, $7, coalesce($8, '{}'::text[]), nullif($9, -1), nullif($10, -1), nullif($11, -1))
 		on conflict (lower(email)) do nothing
 		returning `+agentColumns,
-		id, q.Email, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv)
+		id, q.Email, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv,
+		q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL)
 }
 
 // loadAgent fails with errNoAgent for what is no id at all, too.

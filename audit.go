@@ -63,19 +63,19 @@ func (s *server) change(r *request, concerned string, do func(context.Context, p
 // stored. What it is about must not be done before that, or be undone where
 // that fails. Takes are who must be alive then: the caller, or the event is left
 // out and that is the error; and the token asked about, of which it is the answer.
-func (s *server) record(r *request, e event, takes ...origin) func() (alive []bool, err error) {
+func (s *server) record(r *request, e event, takes ...origin) func() (lives []life, err error) {
 	stored := s.recorder.put(r.Context(), entry{event: e.by(r), takes: takes})
-	return func() (alive []bool, err error) {
-		if alive, err = stored.wait(); err == nil && len(alive) > 0 && !alive[0] {
+	return func() (lives []life, err error) {
+		if lives, err = stored.wait(); err == nil && len(lives) > 0 && !lives[0].alive {
 			err = r.caller.ended()
 		}
-		return alive, err
+		return lives, err
 	}
 }
 
 // storeEvents stores the events of concurrent requests in one transaction.
 // It tells of each who is alive of those that it takes.
-func (s *server) storeEvents(ctx context.Context, entries []entry) ([][]bool, error) {
+func (s *server) storeEvents(ctx context.Context, entries []entry) ([][]life, error) {
 	begun, head := time.Now(), int64(0)
 	conn, err := s.inner.Acquire(ctx)
 	if err == nil {
@@ -86,11 +86,11 @@ func (s *server) storeEvents(ctx context.Context, entries []entry) ([][]bool, er
 	s.meter.head.Store(max(head, s.meter.head.Load()))
 	s.meter.add(float64(len(entries)), "agentidp_audit_batch_events", "")
 	s.meter.add(time.Since(begun).Seconds(), "agentidp_audit_commit_duration_seconds", "")
-	alive := make([][]bool, len(entries))
+	lives := make([][]life, len(entries))
 	for i, x := range entries {
-		alive[i] = x.alive
+		lives[i] = x.lives
 	}
-	return alive, err
+	return lives, err
 }
 
 // refused records what was refused, and returns why it was. A denial is

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"fmt"
@@ -88,7 +89,7 @@ func (s *server) identify(r *request) error {
 		return errInvalidToken.because("This is " + err.Error() + ".")
 	}
 	found := caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
-	if err = s.checkAlive(r.Context(), found); err == nil {
+	if err = s.checkAlive(r.Context(), &found); err == nil {
 		r.caller = found
 	}
 	return err
@@ -99,7 +100,8 @@ func (s *server) identify(r *request) error {
 // whether the latter has to be given back if nothing comes of it. A quota that
 // Redis doesn't know is counted from the audit log.
 func (s *server) spend(r *request, window, month string) (counted bool, err error) {
-	v := s.admit(r.Context(), window+r.caller.AgentID, month, -1)
+	owner, limit, quota := window+r.caller.AgentID, *cmp.Or(r.caller.RateLimit, &s.cfg.rateLimit), s.quotaOf(r.caller)
+	v := s.admit(r.Context(), owner, limit, month, quota, -1)
 	if v.state == "uncounted" {
 		var n int64
 		err = s.db.QueryRow(r.Context(), `
@@ -110,7 +112,7 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 		if err != nil {
 			return false, fmt.Errorf("counting this month's tokens: %w", err)
 		}
-		v = s.admit(r.Context(), window+r.caller.AgentID, month, n)
+		v = s.admit(r.Context(), owner, limit, month, quota, n)
 	}
 	v.setHeaders(r.out)
 	switch v.state {
@@ -120,7 +122,7 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 	case "spent":
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="quota"`)
 		return false, errQuota.because(fmt.Sprintf("The monthly quota of %d tokens is spent. It resets at %s.",
-			s.cfg.monthlyTokenLimit, moment{nextMonth(s.now())}))
+			quota, moment{nextMonth(s.now())}))
 	}
 	return v.state == "admitted" && month != "", nil
 }
@@ -152,7 +154,7 @@ func (s *server) authenticateClient(r *request) error {
 		return nil
 	}
 	address := addressKey(r.addr)
-	v := s.admit(r.Context(), address, "", 0)
+	v := s.admit(r.Context(), address, s.cfg.rateLimit, "", 0, 0)
 	if v.state == "limited" {
 		v.setHeaders(r.out)
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
@@ -245,14 +247,14 @@ func loadSecretOwners(ctx context.Context, db querier, shown []secretKey) ([]sec
 	}
 	rows, _ := db.Query(ctx, `
 		select c.secret_prefix, c.client_id, c.credential_id, c.secret_id, c.secret_hash, c.expires_at, a.status, a.capabilities,
-			c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)
+			a.resources, a.rate_limit, a.monthly_token_limit, a.token_ttl, c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)
 		from credentials c
 		join agents a on a.agent_id = c.client_id
 		where c.secret_prefix = any($1)`, prefixes)
 	var o secretOwner
 	var prefix string
 	_, err := pgx.ForEachRow(rows, []any{&prefix, &o.AgentID, &o.CredentialID, &o.SecretID, &o.hash, &o.expiresAt,
-		&o.agentStatus, &o.scopes, &o.ended}, func() error {
+		&o.agentStatus, &o.scopes, &o.Resources, &o.RateLimit, &o.MonthlyTokenLimit, &o.TokenTTL, &o.ended}, func() error {
 		found[secretKey{o.AgentID, prefix}] = o
 		return nil
 	})

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -26,6 +27,7 @@ type caller struct {
 	origin
 	scopes    []string // of the token, or all of the agent's where it showed a secret
 	expiresAt *moment  // of the secret shown
+	allowance          // of a token the rate limit alone
 }
 
 // has is true of every caller for "".
@@ -53,6 +55,9 @@ func (c caller) mayGrant(capabilities []string) error {
 	return nil
 }
 
+// quotaOf is how many tokens a month the caller may have; 0 is no limit.
+func (s *server) quotaOf(c caller) int { return *cmp.Or(c.MonthlyTokenLimit, &s.cfg.monthlyTokenLimit) }
+
 // enter locks in the order of ids, so that two agents which change each other
 // don't wait for each other. An operator, who has no id, is always alive.
 func (c caller) enter(ctx context.Context, tx pgx.Tx, concerned string) error {
@@ -65,20 +70,28 @@ func (c caller) enter(ctx context.Context, tx pgx.Tx, concerned string) error {
 	if err != nil || c.AgentID == "" {
 		return err
 	}
-	alive, err := areAlive(ctx, tx, []origin{c.origin}) // a statement of its own, which sees what was committed before the lock
-	if err == nil && !alive[0] {
+	lives, err := areAlive(ctx, tx, []origin{c.origin}) // a statement of its own, which sees what was committed before the lock
+	if err == nil && !lives[0].alive {
 		err = c.ended()
 	}
 	return err
 }
 
-// checkAlive refuses who isn't, together with all who ask at the same time.
-func (s *server) checkAlive(ctx context.Context, c caller) error {
-	alive, err := s.lives.put(ctx, c.origin).wait()
-	if err == nil && !alive {
+// checkAlive refuses who isn't, together with all who ask at the same time, and
+// learns the caller's rate limit.
+func (s *server) checkAlive(ctx context.Context, c *caller) error {
+	life, err := s.lives.put(ctx, c.origin).wait()
+	if err == nil && !life.alive {
 		err = c.ended()
 	}
+	c.RateLimit = life.rateLimit
 	return err
+}
+
+// A life is whether an origin is alive, and its agent's own rate limit.
+type life struct {
+	alive     bool
+	rateLimit *int
 }
 
 // ended is what who was cut off is told.
@@ -91,38 +104,38 @@ func (c caller) ended() error {
 
 // areAlive tells of each origin whether it is: its credential is active, has not
 // expired and has that secret, its agent is active, and its jti is not revoked.
-func areAlive(ctx context.Context, db querier, of []origin) ([]bool, error) {
+func areAlive(ctx context.Context, db querier, of []origin) ([]life, error) {
 	credentials, tokens := idsOf(of)
 	rows, _ := db.Query(ctx, aliveQuery, credentials, tokens)
-	alive, err := tellAlive(rows, of)
+	lives, err := tellLives(rows, of)
 	if err != nil {
 		return nil, fmt.Errorf("asking what is alive: %w", err)
 	}
-	return alive, nil
+	return lives, nil
 }
 
 // askAlive puts that question into a batch, which answers it.
-func askAlive(b *pgx.Batch, of []origin) []bool {
-	alive := make([]bool, len(of))
+func askAlive(b *pgx.Batch, of []origin) []life {
+	lives := make([]life, len(of))
 	if len(of) > 0 {
 		credentials, tokens := idsOf(of)
 		b.Queue(aliveQuery, credentials, tokens).Query(func(rows pgx.Rows) error {
-			found, err := tellAlive(rows, of)
-			copy(alive, found)
+			found, err := tellLives(rows, of)
+			copy(lives, found)
 			return err
 		})
 	}
-	return alive
+	return lives
 }
 
 const aliveQuery = `
-	select c.client_id::text, c.credential_id::text, c.secret_id::text, ''
+	select c.client_id::text, c.credential_id::text, c.secret_id::text, '', a.rate_limit
 	from credentials c
 	join agents a on a.agent_id = c.client_id
 	where c.credential_id = any($1) and c.status = 'active' and a.status = 'active'
 		and (c.expires_at is null or c.expires_at > clock_timestamp())
 	union all
-	select '', '', '', jti::text
+	select '', '', '', jti::text, null
 	from token_revocations
 	where jti = any($2)`
 
@@ -136,14 +149,18 @@ func idsOf(of []origin) (credentials, tokens []string) {
 	return credentials, tokens
 }
 
-func tellAlive(rows pgx.Rows, of []origin) ([]bool, error) {
-	found, err := pgx.CollectRows(rows, pgx.RowToStructByPos[origin])
-	there, alive := map[origin]bool{}, make([]bool, len(of))
-	for _, o := range found {
-		there[o] = true
-	}
+func tellLives(rows pgx.Rows, of []origin) ([]life, error) {
+	var o origin
+	var rateLimit *int
+	there, lives := map[origin]life{}, make([]life, len(of))
+	_, err := pgx.ForEachRow(rows, []any{&o.AgentID, &o.CredentialID, &o.SecretID, &o.TokenID, &rateLimit}, func() error {
+		there[o] = life{true, rateLimit}
+		return nil
+	})
 	for i, o := range of {
-		alive[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}] && !there[origin{TokenID: o.TokenID}]
+		if lives[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}]; there[origin{TokenID: o.TokenID}].alive {
+			lives[i].alive = false
+		}
 	}
-	return alive, err
+	return lives, err
 }

@@ -132,7 +132,7 @@ func (e *event) sum() digest {
 type entry struct {
 	event
 	takes []origin
-	alive []bool // of these, which appendEvents finds out
+	lives []life // of these, which appendEvents finds out
 }
 
 // appendEvents links events to the end of the chain. It holds the lock of the
@@ -157,18 +157,18 @@ func appendEvents(ctx context.Context, tx querier, entries []entry, whole bool) 
 	for _, x := range entries {
 		takes = append(takes, x.takes...)
 	}
-	alive := askAlive(head, takes)
+	lives := askAlive(head, takes)
 	if err := tx.SendBatch(ctx, head).Close(); err != nil {
 		return 0, fmt.Errorf("loading the head of the chain: %w", err)
 	}
 	var rows eventRows
 	for i := range entries {
 		e, n := entries[i].event, len(entries[i].takes)
-		entries[i].alive, alive = alive[:n:n], alive[n:]
-		if n > 0 && !entries[i].alive[0] {
+		entries[i].lives, lives = lives[:n:n], lives[n:]
+		if n > 0 && !entries[i].lives[0].alive {
 			continue
 		}
-		if n > 1 && !entries[i].alive[1] {
+		if n > 1 && !entries[i].lives[1].alive {
 			e.facts["active"] = false
 			e.Metadata = e.facts.encode()
 		}

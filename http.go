@@ -232,7 +232,7 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 		begun := time.Now()
 		body, err = rt.handle(r)
 		if err == nil && rt.records == "" && time.Since(begun) > readTime { // who waited may have been cut off meanwhile
-			err = s.checkAlive(ctx, r.caller)
+			err = s.checkAlive(ctx, &r.caller)
 		}
 	}
 	return body, s.recordRefusal(r, err)

@@ -210,9 +210,9 @@ type server struct {
 	inner    *pgxpool.Pool // for the recorder, the keeper and lookups, which requests must not hold up
 	redis    *cache
 	vault    *vault
-	recorder *queue[entry, []bool]
+	recorder *queue[entry, []life]
 	lookups  *queue[secretKey, secretOwner]
-	lives    *queue[origin, bool]
+	lives    *queue[origin, life]
 	meter    *meter
 	postgres pulse // beats with each commit of the recorder, and of the keeper where there is none
 	clock    atomic.Pointer[reading]
@@ -271,7 +271,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]secretOwner, error) {
 		return loadSecretOwners(ctx, inner, shown)
 	})
-	s.lives = newQueue(func(ctx context.Context, of []origin) ([]bool, error) { return areAlive(ctx, inner, of) })
+	s.lives = newQueue(func(ctx context.Context, of []origin) ([]life, error) { return areAlive(ctx, inner, of) })
 	s.keys.Store(cfg.keys)
 	s.clock.Store(&reading{time.Now().Round(0), time.Now()})
 	end := time.Now().Add(time.Minute)

@@ -78,9 +78,9 @@ type verdict struct {
 
 // admit asks admitScript. Owner is a window of a client, or "ip:" and an
 // address; month is the quota's counter, "" for none; counted is what PostgreSQL
-// knows of it.
-func (s *server) admit(ctx context.Context, owner, month string, counted int64) verdict {
-	limit, quota, keys := s.cfg.rateLimit, s.cfg.monthlyTokenLimit, []string{month}
+// knows of it. Limit is that of the window, and quota that of the month.
+func (s *server) admit(ctx context.Context, owner string, limit int, month string, quota int, counted int64) verdict {
+	keys := []string{month}
 	if month == "" {
 		quota, keys = 0, nil
 	}

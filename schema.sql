@@ -24,6 +24,19 @@ create table if not exists agents (
     created_at     timestamptz not null default date_trunc('milliseconds', clock_timestamp()),
     updated_at     timestamptz not null default date_trunc('milliseconds', clock_timestamp())
 );
+-- Since version 4: where an agent's tokens may go, empty is anywhere; and limits of
+-- its own, null is the deployment's. Only where it is missing, since to alter a table
+-- is to wait for all who read it.
+do $$
+begin
+    if not exists (select from pg_attribute where attrelid = 'agents'::regclass and attname = 'resources') then
+        alter table agents
+            add column resources text[] not null default '{}',
+            add column rate_limit int check (rate_limit >= 0), -- requests a minute
+            add column monthly_token_limit int check (monthly_token_limit >= 0),
+            add column token_ttl int check (token_ttl > 0); -- seconds
+    end if;
+end $$;
 create unique index if not exists agents_email on agents (lower(email));
 create index if not exists agents_owner on agents (owner, agent_id);
 create index if not exists agents_type on agents (agent_type, agent_id);

@@ -21,7 +21,7 @@ func (s *server) issueToken(r *request) (any, error) {
 	scope, audience, bad := s.checkGrant(r)
 	now := s.now()
 	month := monthKey(r.caller.AgentID, now)
-	if bad != nil || s.cfg.monthlyTokenLimit == 0 {
+	if bad != nil || s.quotaOf(r.caller) == 0 {
 		month = "" // spends nothing of the quota
 	}
 	counted, err := s.spend(r, byCredential, month)
@@ -32,6 +32,9 @@ func (s *server) issueToken(r *request) (any, error) {
 		return nil, bad
 	}
 	expires := now.Add(s.cfg.tokenTTL).Unix()
+	if own := r.caller.TokenTTL; own != nil {
+		expires = now.Unix() + int64(*own)
+	}
 	if end := r.caller.expiresAt; end != nil { // no token outlives its credential
 		expires = min(expires, end.Unix())
 	}
@@ -78,7 +81,7 @@ func (s *server) checkGrant(r *request) (scope string, aud audience, err error) 
 	if scope, err = grantScope(r.form.Get("scope"), r.caller.scopes); err != nil {
 		return "", nil, err
 	}
-	aud, err = grantAudience(r.form["resource"], s.cfg.issuer)
+	aud, err = grantAudience(r.form["resource"], s.cfg.issuer, r.caller.Resources)
 	return scope, aud, err
 }
 
@@ -113,21 +116,33 @@ func grantScope(asked string, capabilities []string) (string, error) {
 	return strings.Join(granted, " "), nil
 }
 
-// grantAudience is the resources asked for (RFC 8707, section 2), else us.
-func grantAudience(resources []string, issuer string) (audience, error) {
+const (
+	maxResources     = 16
+	maxResourceBytes = 2048 // together, as JSON has them
+)
+
+// isResource tells whether s is an absolute URI without a fragment, in characters
+// that need no escape in an error.
+func isResource(s string) bool {
+	u, err := url.Parse(s)
+	return err == nil && u.IsAbs() && !strings.Contains(s, "#") &&
+		strings.IndexFunc(s, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }) < 0
+}
+
+// grantAudience is the resources asked for (RFC 8707, section 2), else us; and of
+// an agent that has resources no others.
+func grantAudience(resources []string, issuer string, allowed []string) (audience, error) {
 	var aud audience
 	size := 0
 	for _, resource := range resources {
 		if resource == "" { // as if it were not there (RFC 6749, section 3.2)
 			continue
 		}
-		u, err := url.Parse(resource)
-		if err != nil || !u.IsAbs() || u.Fragment != "" || strings.Contains(resource, "#") ||
-			strings.IndexFunc(resource, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }) >= 0 {
+		if !isResource(resource) {
 			return nil, errResource.because("A resource must be an absolute URI without a fragment; it was '" + clip(resource) + "'.")
 		}
 		encoded, _ := json.Marshal(resource)
-		if size += len(encoded); size > 2048 || len(aud) >= 16 {
+		if size += len(encoded); size > maxResourceBytes || len(aud) >= maxResources {
 			return nil, errResource.because("There may be 16 resources of 2,048 characters together; these are more.")
 		}
 		if !slices.Contains(aud, resource) {
@@ -136,6 +151,11 @@ func grantAudience(resources []string, issuer string) (audience, error) {
 	}
 	if aud == nil {
 		aud = audience{issuer}
+	}
+	for _, resource := range aud {
+		if len(allowed) > 0 && !slices.Contains(allowed, resource) {
+			return nil, errResource.because("This agent's tokens may not go to " + clip(resource) + "; ask by resource= for one of: " + clip(strings.Join(allowed, " ")) + ".")
+		}
 	}
 	return aud, nil
 }
@@ -148,11 +168,11 @@ func (s *server) introspectToken(r *request) (any, error) {
 	if err == nil && c.validAt(s.now()) == nil {
 		f["active"], f["jti"], takes = true, c.ID, append(takes, c.origin())
 	}
-	alive, err := s.record(r, newEvent(tokenIntrospected, c.Subject, f), takes...)()
+	lives, err := s.record(r, newEvent(tokenIntrospected, c.Subject, f), takes...)()
 	if err != nil {
 		return nil, err
 	}
-	if len(alive) < 2 || !alive[1] {
+	if len(lives) < 2 || !lives[1].alive {
 		return map[string]bool{"active": false}, nil
 	}
 	return struct {
