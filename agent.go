@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -29,14 +30,6 @@ type agent struct {
 	Status    string `json:"status"`
 	CreatedAt moment `json:"createdAt"`
 	UpdatedAt moment `json:"updatedAt"`
-}
-
-// An allowance is what an agent can't change of itself.
-type allowance struct {
-	Resources         []string `json:"resources"`         // where its tokens may go; none is anywhere
-	RateLimit         *int     `json:"rateLimit"`         // requests a minute; as of all these null is what the deployment has
-	MonthlyTokenLimit *int     `json:"monthlyTokenLimit"` // tokens
-	TokenTTL          *int     `json:"tokenTtl"`          // seconds
 }
 
 const agentColumns = `agent_id, email, agent_type, version, capabilities, owner, deployment_env,
@@ -158,6 +151,19 @@ func readCapabilities(value any) (list []string, err error) {
 		return nil, errors.New(strings.Join(wrong, "; "))
 	}
 	return list, nil
+}
+
+const (
+	maxResources     = 16
+	maxResourceBytes = 2048 // together, as JSON has them
+)
+
+// isResource tells whether s is an absolute URI without a fragment, in characters
+// that need no escape in an error.
+func isResource(s string) bool {
+	u, err := url.Parse(s)
+	return err == nil && u.IsAbs() && !strings.Contains(s, "#") &&
+		strings.IndexFunc(s, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }) < 0
 }
 
 func readResources(value any) (list []string, err error) {

@@ -46,7 +46,7 @@ func (s *server) bearerOrClient(scope string) func(*request) error {
 			if err = s.authenticateClient(r); err == nil && !revokes {
 				_, err = s.spend(r, introspect+byCredential, "")
 			}
-		case r.form.Get("client_secret") != "":
+		case r.form.Get("client_secret") != "" || showsAssertion(r.form):
 			err = errTwoMethods
 		default:
 			if err = s.identify(r); err != nil {
@@ -129,7 +129,7 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 
 // authenticateClient is the only way from a request to the client that sent
 // it: by HTTP Basic, or client_id and client_secret in the form (RFC 6749,
-// section 2.3.1). A further method is a further case of clientSecret.
+// section 2.3.1); or by an assertion (assertion.go).
 //
 // A client that is known to be right costs one query. All others are first
 // counted as a failure of their address, so that no burst gets through to
@@ -137,11 +137,14 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 // Bcrypt isn't run for what would be refused anyway: the prefix of a secret that
 // has ended is known to many.
 func (s *server) authenticateClient(r *request) error {
+	if showsAssertion(r.form) {
+		return s.authenticateByAssertion(r)
+	}
 	id, plain, err := clientSecret(r)
 	if err != nil {
 		return err
 	}
-	var o secretOwner
+	var o client
 	if isID(id) && plain.wellFormed() {
 		if o, err = s.lookups.put(r.Context(), secretKey{id, plain.prefix()}).wait(); err != nil {
 			return err
@@ -154,11 +157,9 @@ func (s *server) authenticateClient(r *request) error {
 		return nil
 	}
 	address := addressKey(r.addr)
-	v := s.admit(r.Context(), address, s.cfg.rateLimit, "", 0, 0)
-	if v.state == "limited" {
-		v.setHeaders(r.out)
-		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
-		return errAddressLimited
+	v, err := s.admitFailure(r.Context(), address, r.out)
+	if err != nil {
+		return err
 	}
 	if !right && o.hash != "" && !o.ended {
 		s.meter.add(1, "agentidp_secret_comparisons_total", `kind="cold"`)
@@ -218,43 +219,21 @@ func clientSecret(r *request) (id string, plain secret, err error) {
 // A secretKey is what a secret is looked up by.
 type secretKey struct{ clientID, prefix string }
 
-// A secretOwner is the client that a prefix belongs to.
-type secretOwner struct {
-	caller
-	hash, agentStatus string
-	ended             bool // revoked or expired, as all are of a decommissioned agent
-}
-
-// refusal says why the right secret isn't enough, or nil.
-func (o secretOwner) refusal() *problem {
-	switch {
-	case o.agentStatus == "decommissioned":
-		return errClientInactive.because("This agent is decommissioned, which is final.")
-	case o.ended:
-		return errBadClient
-	case o.agentStatus != "active":
-		return errClientInactive.because("This agent is " + o.agentStatus + ", until an operator sets its status to active.")
-	}
-	return nil
-}
-
 // loadSecretOwners looks up secrets that are shown at the same time. An owner is
 // zero where there is none.
-func loadSecretOwners(ctx context.Context, db querier, shown []secretKey) ([]secretOwner, error) {
-	prefixes, owners, found := make([]string, len(shown)), make([]secretOwner, len(shown)), map[secretKey]secretOwner{}
+func loadSecretOwners(ctx context.Context, db querier, shown []secretKey) ([]client, error) {
+	prefixes, owners, found := make([]string, len(shown)), make([]client, len(shown)), map[secretKey]client{}
 	for i, key := range shown {
 		prefixes[i] = key.prefix
 	}
 	rows, _ := db.Query(ctx, `
-		select c.secret_prefix, c.client_id, c.credential_id, c.secret_id, c.secret_hash, c.expires_at, a.status, a.capabilities,
-			a.resources, a.rate_limit, a.monthly_token_limit, a.token_ttl, c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)
+		select `+clientColumns+`, c.secret_prefix, c.secret_hash
 		from credentials c
 		join agents a on a.agent_id = c.client_id
-		where c.secret_prefix = any($1)`, prefixes)
-	var o secretOwner
+		where c.secret_prefix = any($1) and c.kind = 'secret'`, prefixes)
+	var o client
 	var prefix string
-	_, err := pgx.ForEachRow(rows, []any{&prefix, &o.AgentID, &o.CredentialID, &o.SecretID, &o.hash, &o.expiresAt,
-		&o.agentStatus, &o.scopes, &o.Resources, &o.RateLimit, &o.MonthlyTokenLimit, &o.TokenTTL, &o.ended}, func() error {
+	_, err := pgx.ForEachRow(rows, append(o.columns(), &prefix, &o.hash), func() error {
 		found[secretKey{o.AgentID, prefix}] = o
 		return nil
 	})

@@ -25,9 +25,17 @@ var ourScopes = []string{agentsRead, agentsWrite, tokensRead, auditRead, credent
 // A caller is who sent a request, as it has proved.
 type caller struct {
 	origin
-	scopes    []string // of the token, or all of the agent's where it showed a secret
-	expiresAt *moment  // of the secret shown
+	scopes    []string // of the token, or all of the agent's where it showed a credential
+	expiresAt *moment  // of the credential shown
 	allowance          // of a token the rate limit alone
+}
+
+// An allowance is what an agent can't change of itself.
+type allowance struct {
+	Resources         []string `json:"resources"`         // where its tokens may go; none is anywhere
+	RateLimit         *int     `json:"rateLimit"`         // requests a minute; as of all these null is what the deployment has
+	MonthlyTokenLimit *int     `json:"monthlyTokenLimit"` // tokens
+	TokenTTL          *int     `json:"tokenTtl"`          // seconds
 }
 
 // has is true of every caller for "".
@@ -51,6 +59,36 @@ func (c caller) mayGrant(capabilities []string) error {
 		if slices.Contains(capabilities, scope) && !c.has(scope) {
 			return errForbidden.because("Your token lacks " + scope + ", so it can neither grant that nor change an agent that has it.")
 		}
+	}
+	return nil
+}
+
+// A client is an agent with the credential that it has shown.
+type client struct {
+	caller
+	hash        string // of its secret
+	key         jwk    // in place of that
+	agentStatus string
+	ended       bool // revoked or expired, as all are of a decommissioned agent
+}
+
+const clientColumns = `c.client_id, c.credential_id, c.secret_id, c.expires_at, a.status, a.capabilities, a.resources, a.rate_limit,
+	a.monthly_token_limit, a.token_ttl, c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)`
+
+func (o *client) columns() []any {
+	return []any{&o.AgentID, &o.CredentialID, &o.SecretID, &o.expiresAt, &o.agentStatus, &o.scopes, &o.Resources, &o.RateLimit,
+		&o.MonthlyTokenLimit, &o.TokenTTL, &o.ended}
+}
+
+// refusal says why the right credential isn't enough, or nil.
+func (o client) refusal() *problem {
+	switch {
+	case o.agentStatus == "decommissioned":
+		return errClientInactive.because("This agent is decommissioned, which is final.")
+	case o.ended:
+		return errBadClient
+	case o.agentStatus != "active":
+		return errClientInactive.because("This agent is " + o.agentStatus + ", until an operator sets its status to active.")
 	}
 	return nil
 }

@@ -19,52 +19,64 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"golang.org/x/crypto/bcrypt"
 )
 
 // A credential as it is stored and shown. Its hash is in no wire type.
 type credential struct {
-	CredentialID string  `json:"credentialId"`
-	ClientID     string  `json:"clientId"`
-	Status       string  `json:"status"` // active or revoked
-	CreatedAt    moment  `json:"createdAt"`
-	ExpiresAt    *moment `json:"expiresAt"`
-	RevokedAt    *moment `json:"revokedAt"`
-	SecretPrefix string  `json:"secretPrefix"`
+	CredentialID  string  `json:"credentialId"`
+	ClientID      string  `json:"clientId"`
+	Kind          string  `json:"kind"`   // secret or key
+	Status        string  `json:"status"` // active or revoked
+	CreatedAt     moment  `json:"createdAt"`
+	ExpiresAt     *moment `json:"expiresAt"`
+	RevokedAt     *moment `json:"revokedAt"`
+	SecretPrefix  *string `json:"secretPrefix"`  // of a secret
+	KeyThumbprint *string `json:"keyThumbprint"` // of a key (RFC 7638)
 }
 
-const credentialColumns = `credential_id, client_id, status, created_at, expires_at, revoked_at, secret_prefix`
+const credentialColumns = `credential_id, client_id, kind, status, created_at, expires_at, revoked_at,
+	case when kind = 'secret' then secret_prefix end as secret_prefix, key_thumbprint`
 
-// A newCredential shows the secret, once.
+// A newCredential shows the secret, once, if it is one.
 type newCredential struct {
 	credential
-	ClientSecret string `json:"clientSecret"`
+	ClientSecret string `json:"clientSecret,omitempty"`
 }
 
-// expiry is the one field of a request for a secret; none: until it is
-// revoked.
-func (s *server) expiry(in *inputs) *time.Time {
-	return take(in, "expiresAt", parsed("must be a time in the future, like 2030-01-01T00:00:00Z", func(text string) (time.Time, error) {
-		t, err := time.Parse(time.RFC3339, text)
-		if !t.After(s.now()) || t.UTC().Year() > 9999 {
-			err = strconv.ErrRange
-		}
-		return t, err
-	}))
+// A proof is what a request for a credential may have: until when it is good (none:
+// until it is revoked), and the key where it is to be no secret.
+type proof struct {
+	expiresAt *time.Time
+	key       *jwk
+}
+
+func (s *server) readProof(in *inputs) proof {
+	return proof{
+		take(in, "expiresAt", parsed("must be a time in the future, like 2030-01-01T00:00:00Z", func(text string) (time.Time, error) {
+			t, err := time.Parse(time.RFC3339, text)
+			if !t.After(s.now()) || t.UTC().Year() > 9999 {
+				err = strconv.ErrRange
+			}
+			return t, err
+		})),
+		take(in, "publicKey", readJWK),
+	}
 }
 
 func (s *server) createCredential(r *request) (any, error) {
-	return s.giveSecret(r, s.newID(), credentialGenerated)
+	return s.giveProof(r, s.newID(), credentialGenerated)
 }
 
 func (s *server) rotateCredential(r *request) (any, error) {
-	return s.giveSecret(r, r.PathValue("credentialId"), credentialRotated)
+	return s.giveProof(r, r.PathValue("credentialId"), credentialRotated)
 }
 
-// giveSecret gives a new secret, to a new credential or one that is there, and
-// answers with it.
-func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
-	expires, err := decode(r, s.expiry)
+// giveProof gives a new secret, or takes a key, for a new credential or one that is
+// there, and answers with it.
+func (s *server) giveProof(r *request, credentialID, did string) (any, error) {
+	q, err := decode(r, s.readProof)
 	if err != nil {
 		return nil, err
 	}
@@ -72,22 +84,31 @@ func (s *server) giveSecret(r *request, credentialID, did string) (any, error) {
 	if _, err := mayManage(r.Context(), s.db, r.caller, agentID, "active"); err != nil { // who may not gets no turn at hashing
 		return nil, err
 	}
-	hash, err := s.vault.hash(r.Context(), plain)
-	if err != nil {
-		return nil, err
+	row := credentialRow{credentialID: credentialID, clientID: agentID, kind: "key", prefix: plain.prefix(), secretID: s.newID(), proof: q}
+	if q.key == nil {
+		row.kind = "secret"
+		if row.hash, err = s.vault.hash(r.Context(), plain); err != nil {
+			return nil, err
+		}
 	}
 	var c credential
 	err = s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		_, err := mayManage(ctx, tx, r.caller, agentID, "active")
 		if err == nil && did == credentialRotated {
-			err = checkCredential(ctx, tx, agentID, credentialID)
+			err = row.checkRotation(ctx, tx)
 		}
-		if err != nil {
-			return event{}, err
+		if err == nil {
+			c, err = storeCredential(ctx, tx, row)
 		}
-		c, err = storeSecret(ctx, tx, secretRow{credentialID, agentID, plain.prefix(), hash, s.newID(), expires})
-		return newEvent(did, agentID, facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}), err
+		f := facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}
+		if c.KeyThumbprint != nil {
+			f["keyThumbprint"] = c.KeyThumbprint
+		}
+		return newEvent(did, agentID, f), err
 	})
+	if q.key != nil {
+		plain = ""
+	}
 	return newCredential{c, plain.reveal()}, err
 }
 
@@ -101,7 +122,7 @@ func mayManage(ctx context.Context, db querier, c caller, agentID string, states
 		err = c.mayGrant(a.Capabilities)
 	}
 	if err == nil && !slices.Contains(states, a.Status) {
-		err = errNotActive.because("The agent is " + a.Status + ", and only an active one is given a secret.")
+		err = errNotActive.because("The agent is " + a.Status + ", and only an active one is given a credential.")
 	}
 	return a, err
 }
@@ -128,7 +149,7 @@ func (s *server) revokeCredential(r *request) (any, error) {
 	return nil, s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		a, err := mayManage(ctx, tx, r.caller, agentID, statuses...)
 		if err == nil {
-			err = checkCredential(ctx, tx, agentID, credentialID)
+			_, err = checkCredential(ctx, tx, agentID, credentialID)
 		}
 		if err == nil {
 			err = execSQL(ctx, tx, "revoking credential", revokeCredentials+`credential_id = $1`, credentialID)
@@ -140,32 +161,56 @@ func (s *server) revokeCredential(r *request) (any, error) {
 	})
 }
 
-// A secretRow is what storing a secret takes.
-type secretRow struct {
-	credentialID, clientID, prefix string
-	hash                           []byte
-	secretID                       string
-	expiresAt                      *time.Time
+// A credentialRow is what storing a credential takes.
+type credentialRow struct {
+	credentialID, clientID, kind string
+	prefix                       string
+	hash                         []byte // none of a key
+	secretID                     string
+	proof
 }
 
-// storeSecret gives a credential its secret and expiry. The tokens that an old
-// secret was traded for have another secret_id, and so are dead.
-func storeSecret(ctx context.Context, tx pgx.Tx, row secretRow) (credential, error) {
-	return one[credential](ctx, tx, nil, "storing credential", `
-		insert into credentials (credential_id, client_id, secret_prefix, secret_hash, secret_id, expires_at)
-		values ($1, $2, $3, $4, $5, date_trunc('milliseconds', $6::timestamptz))
+// storeCredential gives a credential its secret or key, and its expiry. The tokens
+// that an old one was traded for have another secret_id, and so are dead.
+func storeCredential(ctx context.Context, tx pgx.Tx, row credentialRow) (credential, error) {
+	var thumbprint *string
+	if row.key != nil {
+		text := row.key.thumbprint()
+		thumbprint = &text
+	}
+	c, err := one[credential](ctx, tx, nil, "storing credential", `
+		insert into credentials (credential_id, client_id, kind, secret_prefix, secret_hash, secret_id, expires_at, public_key, key_thumbprint)
+		values ($1, $2, $3, $4, $5, $6, date_trunc('milliseconds', $7::timestamptz), $8, $9)
 		on conflict (credential_id) do update
-		set secret_prefix = excluded.secret_prefix, secret_hash = excluded.secret_hash,
-			secret_id = excluded.secret_id, expires_at = excluded.expires_at
+		set secret_prefix = excluded.secret_prefix, secret_hash = excluded.secret_hash, secret_id = excluded.secret_id,
+			expires_at = excluded.expires_at, public_key = excluded.public_key, key_thumbprint = excluded.key_thumbprint
 		returning `+credentialColumns,
-		row.credentialID, row.clientID, row.prefix, string(row.hash), row.secretID, row.expiresAt)
+		row.credentialID, row.clientID, row.kind, row.prefix, string(row.hash), row.secretID, row.expiresAt, row.key, thumbprint)
+	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.ConstraintName == "credentials_key_thumbprint" {
+		err = errKeyTaken
+	}
+	return c, err
 }
 
-// checkCredential refuses to change what is no active credential of the agent,
+// checkRotation refuses to give a credential what is of another kind, or the same key.
+func (row credentialRow) checkRotation(ctx context.Context, tx pgx.Tx) error {
+	old, err := checkCredential(ctx, tx, row.clientID, row.credentialID)
+	switch {
+	case err != nil:
+		return err
+	case old.Kind != row.kind:
+		return errValidation.with(map[string]any{"publicKey": "must be there for a credential that is a key, and only then; this is a " + old.Kind})
+	case row.key != nil && old.KeyThumbprint != nil && row.key.thumbprint() == *old.KeyThumbprint:
+		return errKeyTaken
+	}
+	return nil
+}
+
+// checkCredential returns a credential, and refuses what is no active one of the agent,
 // which must be locked. Another agent's is as unknown as one that never was.
-func checkCredential(ctx context.Context, tx pgx.Tx, agentID, credentialID string) error {
+func checkCredential(ctx context.Context, tx pgx.Tx, agentID, credentialID string) (credential, error) {
 	if !isID(credentialID) {
-		return errNoCredential
+		return credential{}, errNoCredential
 	}
 	c, err := one[credential](ctx, tx, errNoCredential, "loading credential", `
 		select `+credentialColumns+`
@@ -174,7 +219,7 @@ func checkCredential(ctx context.Context, tx pgx.Tx, agentID, credentialID strin
 	if err == nil && c.Status != "active" {
 		err = errCredentialRevoked
 	}
-	return err
+	return c, err
 }
 
 // bootstrap registers the first agent, with all of our scopes, and prints its
@@ -207,7 +252,7 @@ func (s *server) bootstrap(ctx context.Context, address string, othersAreLost bo
 		if err != nil {
 			return event{}, err
 		}
-		c, err := storeSecret(ctx, tx, secretRow{s.newID(), a.AgentID, plain.prefix(), hash, s.newID(), nil})
+		c, err := storeCredential(ctx, tx, credentialRow{s.newID(), a.AgentID, "secret", plain.prefix(), hash, s.newID(), proof{}})
 		if err == nil { // before it is there: nobody could use one whose secret was not printed
 			_, err = fmt.Fprintf(stdout, "client_id: %s\nclient_secret: %s\n", a.AgentID, plain.reveal())
 			printed = true

@@ -15,24 +15,26 @@ func (s *server) showKeys(r *request) (any, error) {
 // of which there are none, for those that expect OpenID Connect.
 func (s *server) showMetadata(r *request) (any, error) {
 	r.out.Set("Cache-Control", "public, max-age=300")
-	issuer, secret := s.cfg.issuer, []string{"client_secret_basic", "client_secret_post"}
-	return map[string]any{
-		"issuer":                                        issuer,
-		"authorization_endpoint":                        issuer + "/api/v1/authorize",
-		"token_endpoint":                                issuer + "/api/v1/token",
-		"introspection_endpoint":                        issuer + "/api/v1/token/introspect",
-		"revocation_endpoint":                           issuer + "/api/v1/token/revoke",
-		"jwks_uri":                                      issuer + "/.well-known/jwks.json",
-		"grant_types_supported":                         []string{"client_credentials"},
-		"response_types_supported":                      []string{"none"},
-		"code_challenge_methods_supported":              []string{"S256"},
-		"scopes_supported":                              ourScopes,
-		"subject_types_supported":                       []string{"public"},
-		"id_token_signing_alg_values_supported":         s.keys.Load().each("alg"),
-		"token_endpoint_auth_methods_supported":         secret,
-		"introspection_endpoint_auth_methods_supported": secret,
-		"revocation_endpoint_auth_methods_supported":    secret,
-	}, nil
+	issuer, methods := s.cfg.issuer, []string{"client_secret_basic", "client_secret_post", "private_key_jwt"}
+	metadata := map[string]any{
+		"issuer":                                issuer,
+		"authorization_endpoint":                issuer + "/api/v1/authorize",
+		"token_endpoint":                        issuer + "/api/v1/token",
+		"introspection_endpoint":                issuer + "/api/v1/token/introspect",
+		"revocation_endpoint":                   issuer + "/api/v1/token/revoke",
+		"jwks_uri":                              issuer + "/.well-known/jwks.json",
+		"grant_types_supported":                 []string{"client_credentials"},
+		"response_types_supported":              []string{"none"},
+		"code_challenge_methods_supported":      []string{"S256"},
+		"scopes_supported":                      ourScopes,
+		"subject_types_supported":               []string{"public"},
+		"id_token_signing_alg_values_supported": s.keys.Load().each("alg"),
+	}
+	for _, endpoint := range []string{"token", "introspection", "revocation"} {
+		metadata[endpoint+"_endpoint_auth_methods_supported"] = methods
+		metadata[endpoint+"_endpoint_auth_signing_alg_values_supported"] = assertionAlgs
+	}
+	return metadata, nil
 }
 
 // showResource describes our own API as one that takes our tokens (RFC 9728,

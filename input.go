@@ -35,8 +35,12 @@ func take[T any](in *inputs, name string, read func(any) (T, error)) *T {
 	}
 	v, err := read(value)
 	if err != nil {
-		got, _ := json.Marshal(value)
-		in.faults[name] = err.Error() + "; it was " + clip(string(got))
+		fault := err.Error()
+		if _, object := value.(map[string]any); !object { // which may be a key
+			got, _ := json.Marshal(value)
+			fault += "; it was " + clip(string(got))
+		}
+		in.faults[name] = fault
 		return nil
 	}
 	return &v

@@ -32,7 +32,8 @@ const (
 
 const (
 	maxTokenBytes = 15 << 10 // longer ones are refused unread; a body holds it
-	clockSkew     = 10       // seconds that a copy may be behind another in what it knows of PostgreSQL's clock
+	maxTokenTTL   = 24 * time.Hour
+	clockSkew     = 10 // seconds that a copy may be behind another in what it knows of PostgreSQL's clock
 )
 
 var (

@@ -11,8 +11,10 @@
 //	http.go        the way of a request
 //	input.go       JSON objects and query strings, read strictly
 //	jwt.go         what a token is, signed and verified
+//	jwk.go         keys of clients, and what they sign
 //	caller.go      who sent a request, as it has proved; whether that is alive, and what it may
 //	auth.go        how that is proved: by a token, or a client's secret; and how often one may
+//	assertion.go   how a client proves itself without a secret: by what it signs with a key of its own
 //	token.go       issuing, introspecting and revoking tokens
 //	credential.go  credentials, and the secrets in them
 //	agent.go       agents, and who may change them
@@ -29,6 +31,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -81,6 +84,7 @@ const usage = `AgentIdP is an identity provider for AI agents.
   agentidp verify-audit [CHECKPOINT]  check the audit log, also against a checkpoint kept elsewhere
   agentidp audit-export [FROM_SEQ]    print the audit log as JSON lines while it is checked, and a checkpoint behind it
   agentidp keygen [RS256 | ES256]     print a new signing key, RSA of 2048 bits or P-256
+  agentidp keygen client              print a new key of a client, P-256, and behind it the JWK to register
   agentidp healthcheck                ask the server on this machine for its health
   agentidp -version | -h
 
@@ -120,6 +124,12 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	case command == "keygen", command == "keygen RS256", command == "keygen ES256":
 		key, err := newKeyPEM(strings.TrimPrefix(command, "keygen "))
 		fmt.Fprintf(stdout, "%s", key)
+		return err
+	case command == "keygen client":
+		key, err := newKeyPEM("ES256")
+		if err == nil {
+			err = printClientKey(key, stdout)
+		}
 		return err
 	case command == "healthcheck":
 		cfg, _ := loadConfig(getenv) // needs no more of it than the address
@@ -162,6 +172,18 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	}
 	defer s.close()
 	return do(s)
+}
+
+// printClientKey prints a private key, and its public half as it is registered. What
+// reads PEM passes over the latter.
+func printClientKey(private []byte, stdout io.Writer) error {
+	k, err := newKeyset(string(private))
+	if err != nil {
+		return err
+	}
+	jwk, err := json.Marshal(k.jwks()[0])
+	fmt.Fprintf(stdout, "%s%s\n", private, jwk)
+	return err
 }
 
 // progress shows on a terminal, in one line, how much of the log is read.
@@ -211,7 +233,8 @@ type server struct {
 	redis    *cache
 	vault    *vault
 	recorder *queue[entry, []life]
-	lookups  *queue[secretKey, secretOwner]
+	lookups  *queue[secretKey, client]
+	used     *queue[use, bool]
 	lives    *queue[origin, life]
 	meter    *meter
 	postgres pulse // beats with each commit of the recorder, and of the keeper where there is none
@@ -268,9 +291,10 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	}
 	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault()}
 	s.recorder = newQueue(s.storeEvents)
-	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]secretOwner, error) {
+	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]client, error) {
 		return loadSecretOwners(ctx, inner, shown)
 	})
+	s.used = newQueue(func(ctx context.Context, uses []use) ([]bool, error) { return useOnce(ctx, inner, uses) })
 	s.lives = newQueue(func(ctx context.Context, of []origin) ([]life, error) { return areAlive(ctx, inner, of) })
 	s.keys.Store(cfg.keys)
 	s.clock.Store(&reading{time.Now().Round(0), time.Now()})
@@ -299,6 +323,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 func (s *server) close() {
 	s.recorder.close()
 	s.lookups.close()
+	s.used.close()
 	s.lives.close()
 	s.redis.close()
 	s.inner.Close()

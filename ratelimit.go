@@ -100,6 +100,17 @@ func (s *server) admit(ctx context.Context, owner string, limit int, month strin
 	return v
 }
 
+// admitFailure counts a failed authentication of an address, or refuses where there
+// were too many, with headers in out.
+func (s *server) admitFailure(ctx context.Context, address string, out http.Header) (v verdict, err error) {
+	if v = s.admit(ctx, address, s.cfg.rateLimit, "", 0, 0); v.state == "limited" {
+		v.setHeaders(out)
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
+		err = errAddressLimited
+	}
+	return v, err
+}
+
 // wait returns the seconds until a refused client has a request left: until so
 // much of the previous minute has left the window that one more fits in.
 func (v verdict) wait() int64 {

@@ -57,6 +57,19 @@ create table if not exists credentials (
     secret_id     uuid not null,
     check ((status = 'revoked') = (revoked_at is not null))
 );
+-- Since version 4 a credential may be a key, in place of a secret: its prefix is then a
+-- random one, and its hash empty, so that the program before does with it.
+do $$
+begin
+    if not exists (select from pg_attribute where attrelid = 'credentials'::regclass and attname = 'kind') then
+        alter table credentials
+            add column kind text not null default 'secret' check (kind in ('secret', 'key')),
+            add column public_key json, -- as a JWK, with its alg
+            add column key_thumbprint text, -- RFC 7638
+            add constraint credentials_key_check check (num_nulls(public_key, key_thumbprint) = case kind when 'key' then 0 else 2 end);
+    end if;
+end $$;
+create unique index if not exists credentials_key_thumbprint on credentials (key_thumbprint) where status = 'active';
 create unique index if not exists credentials_secret_prefix on credentials (secret_prefix);
 create index if not exists credentials_client_id on credentials (client_id, credential_id);
 
@@ -75,9 +88,10 @@ begin
     end if;
 end $$;
 
--- Tokens that were revoked one by one. What else ends a token is the state of
--- its credential and its agent. A row is of no use once its token has expired
--- by any clock, and is then deleted.
+-- Tokens that were revoked one by one, and assertions that were used, by a digest of
+-- their issuer and jti. What else ends a token is the state of its credential and
+-- its agent. A row is of no use once what it is of has expired by any clock, and is
+-- then deleted.
 create table if not exists token_revocations (
     jti        uuid primary key,
     expires_at timestamptz not null

@@ -183,10 +183,14 @@ func (s *server) newID() string {
 }
 
 func idOf(t time.Time, rest [10]byte) string {
-	b := append(binary.BigEndian.AppendUint64(nil, uint64(t.UnixMilli()))[2:], rest[:]...)
-	b[6] = b[6]&0x0f | 0x70
+	return uuid([16]byte(append(binary.BigEndian.AppendUint64(nil, uint64(t.UnixMilli()))[2:], rest[:]...)), 7)
+}
+
+// uuid writes bytes as a UUID of a version, which takes the place of 6 bits.
+func uuid(b [16]byte, version byte) string {
+	b[6] = b[6]&0x0f | version<<4
 	b[8] = b[8]&0x3f | 0x80
-	h := hex.EncodeToString(b)
+	h := hex.EncodeToString(b[:])
 	return h[:8] + "-" + h[8:12] + "-" + h[12:16] + "-" + h[16:20] + "-" + h[20:]
 }
 
@@ -281,7 +285,7 @@ func openPools(ctx context.Context, cfg *pgxpool.Config, tracer pgx.QueryTracer)
 	cfg.ConnConfig.ConnectTimeout = storeTimeout
 	cfg.PingTimeout = time.Second
 	own := cfg.Copy()
-	own.MaxConns = 4 // for the recorder, both lookups and the keeper
+	own.MaxConns = 5 // for the recorder, three lookups and the keeper
 	for cfg, text := range map[*pgxpool.Config]string{cfg: settings, own: settings + " set plan_cache_mode = force_generic_plan"} {
 		cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 			return errors.Join(conn.PgConn().Exec(ctx, `set statement_timeout = 0`).Close(), conn.PgConn().Exec(ctx, text).Close())

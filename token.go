@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -13,8 +12,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 )
-
-const maxTokenTTL = 24 * time.Hour
 
 // issueToken is the client credentials grant (RFC 6749, section 4.4).
 func (s *server) issueToken(r *request) (any, error) {
@@ -114,19 +111,6 @@ func grantScope(asked string, capabilities []string) (string, error) {
 		return "", errScope.because("Of '" + clip(asked) + "' none is among the agent's capabilities: " + clip(strings.Join(capabilities, " ")) + ". Scopes are separated by spaces.")
 	}
 	return strings.Join(granted, " "), nil
-}
-
-const (
-	maxResources     = 16
-	maxResourceBytes = 2048 // together, as JSON has them
-)
-
-// isResource tells whether s is an absolute URI without a fragment, in characters
-// that need no escape in an error.
-func isResource(s string) bool {
-	u, err := url.Parse(s)
-	return err == nil && u.IsAbs() && !strings.Contains(s, "#") &&
-		strings.IndexFunc(s, func(c rune) bool { return c <= ' ' || c > '~' || c == '"' || c == '\\' }) < 0
 }
 
 // grantAudience is the resources asked for (RFC 8707, section 2), else us; and of

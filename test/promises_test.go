@@ -19,7 +19,7 @@ const apiPage = "../developers/api.md"
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 4811
+const maxLines = 5284
 
 // A sourceFile is a Go file of the program, or a test, parsed.
 type sourceFile struct {
@@ -73,8 +73,8 @@ func TestSourceCanBeReadInADay(t *testing.T) {
 // rooms are the files in the order of who may name what others declare: each
 // only what stands below it. What everybody hangs on is nobody's room.
 var rooms = strings.Fields(`
-	main.go config.go discovery.go keeper.go token.go auth.go credential.go agent.go audit.go chain.go
-	input.go http.go caller.go ratelimit.go metrics.go jwt.go store.go errors.go`)
+	main.go config.go discovery.go keeper.go token.go auth.go credential.go assertion.go agent.go audit.go chain.go
+	input.go http.go caller.go ratelimit.go metrics.go jwk.go jwt.go store.go errors.go`)
 
 // passages are names that go against that order, and why.
 var passages = map[string]string{
@@ -175,9 +175,10 @@ func receiver(method *ast.FuncDecl) string {
 // importers says which files may import a package, or what is below it; "" is
 // none. What is not listed here is for every file.
 var importers = map[string]string{
-	"crypto/rsa":                   "jwt.go",
-	"crypto/ecdsa":                 "jwt.go",
-	"crypto/elliptic":              "jwt.go",
+	"crypto/ed25519":               "jwk.go",
+	"crypto/rsa":                   "jwk.go jwt.go",
+	"crypto/ecdsa":                 "jwk.go jwt.go",
+	"crypto/elliptic":              "jwk.go jwt.go",
 	"crypto/x509":                  "jwt.go",
 	"golang.org/x/crypto":          "credential.go",
 	"os":                           "main.go config.go",
@@ -192,6 +193,7 @@ var importers = map[string]string{
 // pureFiles may not import these: what they do has to be a function of what
 // they are given.
 var pureFiles = map[string][]string{
+	"jwk.go": {"net/http", "github.com/jackc/pgx/v5", "github.com/redis/go-redis/v9", "os", "log/slog"},
 	"jwt.go": {"net/http", "github.com/jackc/pgx/v5", "github.com/redis/go-redis/v9", "os", "log/slog"},
 }
 

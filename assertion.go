@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// A client without a secret proves itself by an assertion: a JWT that it has signed
+// with a key of its own, of which we have the public half (RFC 7523, section 2.2;
+// OpenID Connect Core, section 9, calls it private_key_jwt).
+
+const (
+	assertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+	maxKeysTried  = 5 // where the assertion doesn't say which
+)
+
+// showsAssertion tells whether the client means to prove itself by one.
+func showsAssertion(form url.Values) bool {
+	return form.Get("client_assertion") != "" || form.Get("client_assertion_type") != ""
+}
+
+// authenticateByAssertion takes an assertion in place of a secret. Whatever is wrong
+// with it counts as a failure of its address; one that is right never waits for
+// others of that.
+func (s *server) authenticateByAssertion(r *request) error {
+	if r.form.Get("client_secret") != "" || r.Header.Get("Authorization") != "" {
+		return errTwoMethods
+	}
+	if r.form.Get("client_assertion_type") != assertionType || r.form.Get("client_assertion") == "" {
+		return errForm.because("There must be both client_assertion and client_assertion_type=" + assertionType + ".")
+	}
+	o, err := s.checkAssertion(r)
+	why, refused := errors.AsType[*problem](err)
+	switch {
+	case err == nil:
+		r.caller = o.caller
+		return nil
+	case !refused: // a store's fault
+		return err
+	}
+	if _, err := s.admitFailure(r.Context(), addressKey(r.addr), r.out); err != nil {
+		return err
+	}
+	return s.refused(r, newEvent(authFailed, o.AgentID, facts{"reason": why.oauth}), why)
+}
+
+// checkAssertion returns whose assertion it is. It is good once, on all copies: who
+// has seen one on its way can't use it again.
+func (s *server) checkAssertion(r *request) (o client, err error) {
+	a, err := readAssertion(r.form.Get("client_assertion"), s.cfg.issuer, s.now())
+	if err == nil && a.issuer != a.sub {
+		err = errors.New("must have the client_id as both iss and sub")
+	}
+	if id := r.form.Get("client_id"); err == nil && id != "" && id != a.sub {
+		err = errors.New("must have the client_id of the form as its sub")
+	}
+	if err != nil {
+		return o, errBadAssertion.because("The client_assertion " + err.Error() + ".")
+	}
+	o.AgentID = a.sub // for the log
+	clients, err := loadKeys(r.Context(), s.db, a.sub, a.kid)
+	if err != nil {
+		return o, err
+	}
+	i := slices.IndexFunc(clients, func(o client) bool { return o.key.verifies(a) })
+	if i < 0 {
+		return o, errBadAssertion
+	}
+	if o = clients[i]; o.refusal() != nil {
+		return o, o.refusal()
+	}
+	first, err := s.used.put(r.Context(), use{useID(a.issuer, a.id), a.exp}).wait()
+	if err == nil && !first {
+		err = errBadAssertion.because("The client_assertion was used before; each needs a jti of its own.")
+	}
+	return o, err
+}
+
+// loadKeys returns the client once for each key that may have signed: that
+// which kid names, by its own name or its thumbprint, or the newest where it is "".
+func loadKeys(ctx context.Context, db querier, clientID, kid string) (clients []client, err error) {
+	if !isID(clientID) {
+		return nil, nil
+	}
+	rows, _ := db.Query(ctx, `
+		select `+clientColumns+`, c.public_key
+		from credentials c
+		join agents a on a.agent_id = c.client_id
+		where c.client_id = $1 and c.kind = 'key' and (a.status = 'decommissioned' or
+				c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp()))
+			and ($2 = '' or c.key_thumbprint = $2 or c.public_key ->> 'kid' = $2)
+		order by c.credential_id desc
+		limit $3`, clientID, kid, maxKeysTried)
+	var o client
+	_, err = pgx.ForEachRow(rows, append(o.columns(), &o.key), func() error {
+		clients = append(clients, o)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("loading keys: %w", err)
+	}
+	return clients, nil
+}
+
+// A use is that of an assertion, remembered until it is of no use.
+type use struct {
+	id  string
+	end time.Time
+}
+
+// useID makes an id of what tells assertions apart: a UUID of version 8 (RFC 9562,
+// section 5.8), which no jti of ours is.
+func useID(issuer, jti string) string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%d:%s%s", len(issuer), issuer, jti))
+	return uuid([16]byte(sum[:16]), 8)
+}
+
+// useOnce tells of each whether it is the first of its id, on any copy; it is from
+// then on no more. They lie with the ids of revoked tokens: both are good no more
+// until they would have expired anyway.
+func useOnce(ctx context.Context, db querier, uses []use) ([]bool, error) {
+	ids, ends, at := make([]string, len(uses)), make([]time.Time, len(uses)), map[string]int{}
+	for i, u := range slices.Backward(uses) { // of two that come together the first
+		at[u.id] = i
+	}
+	for i, u := range uses {
+		ids[i], ends[i] = u.id, u.end.Add(time.Minute)
+	}
+	rows, _ := db.Query(ctx, `
+		insert into token_revocations (jti, expires_at)
+		select * from unnest($1::uuid[], $2::timestamptz[])
+		on conflict (jti) do nothing
+		returning jti::text`, ids, ends)
+	stored, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, fmt.Errorf("remembering assertions: %w", err)
+	}
+	first := make([]bool, len(uses))
+	for _, id := range stored {
+		first[at[id]] = true
+	}
+	return first, nil
+}

@@ -1,0 +1,222 @@
+package main
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/big"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Keys of others, and what they sign. Ours are in jwt.go.
+
+// A jwk is the public key of a client (RFC 7517), as it is stored: the members
+// that make it, the one algorithm that it is for, and by what it is chosen.
+type jwk struct {
+	Kty string `json:"kty"`
+	Crv string `json:"crv,omitempty"`
+	N   string `json:"n,omitempty"`
+	E   string `json:"e,omitempty"`
+	X   string `json:"x,omitempty"`
+	Y   string `json:"y,omitempty"`
+	Alg string `json:"alg"`
+	Kid string `json:"kid,omitempty"`
+}
+
+var kidPattern = regexp.MustCompile(`^[ -~]{1,200}$`)
+
+var assertionAlgs = []string{"RS256", "PS256", "ES256", "EdDSA", "Ed25519"}
+
+// readJWK takes what a client registers, and says what is wrong with it. Members
+// that it doesn't know are left out, as RFC 7517 wants it in section 4.
+func readJWK(value any) (k jwk, err error) {
+	members, ok := value.(map[string]any)
+	if !ok {
+		return k, errors.New("must be a public key as a JWK, like {\"kty\":\"EC\",\"crv\":\"P-256\",\"x\":...,\"y\":...}")
+	}
+	for _, name := range []string{"d", "p", "q", "dp", "dq", "qi", "oth", "k"} { // RFC 7518, section 6
+		if _, private := members[name]; private {
+			return k, fmt.Errorf("must be a public key, and this has the private member %s: don't use this key any more, it has been shown", name)
+		}
+	}
+	for name, to := range map[string]*string{"kty": &k.Kty, "crv": &k.Crv, "n": &k.N, "e": &k.E, "x": &k.X, "y": &k.Y, "alg": &k.Alg, "kid": &k.Kid} {
+		if *to, ok = members[name].(string); !ok && members[name] != nil {
+			return k, fmt.Errorf("must have text as its %s", name)
+		}
+	}
+	if use := members["use"]; use != nil && use != "sig" {
+		return k, errors.New("must be a key for signatures; its use is another")
+	}
+	if ops, ok := members["key_ops"].([]any); members["key_ops"] != nil && (!ok || !slices.Contains(ops, any("verify"))) {
+		return k, errors.New("must be a key that verifies; its key_ops lack that")
+	}
+	if k.Kid != "" && !kidPattern.MatchString(k.Kid) {
+		return k, errors.New("must have a kid of at most 200 printable characters of ASCII")
+	}
+	fits := map[string][]string{"RSA ": {"RS256", "PS256"}, "EC P-256": {"ES256"}, "OKP Ed25519": {"EdDSA", "Ed25519"}}[k.Kty+" "+k.Crv]
+	if fits == nil {
+		return k, errors.New("must be of RSA, P-256 or Ed25519: kty RSA, or EC with crv P-256, or OKP with crv Ed25519")
+	}
+	if k.Alg == "" {
+		k.Alg = fits[0]
+	}
+	if !slices.Contains(fits, k.Alg) {
+		return k, fmt.Errorf("must have one of %s as its alg, or none", strings.Join(fits, ", "))
+	}
+	_, err = k.public()
+	return k, err
+}
+
+// public is the key itself. It fails where that isn't one, or too small.
+func (k jwk) public() (crypto.PublicKey, error) {
+	n, nErr := decodeSegment(k.N)
+	e, eErr := decodeSegment(k.E)
+	x, xErr := decodeSegment(k.X)
+	y, yErr := decodeSegment(k.Y)
+	if errors.Join(nErr, eErr, xErr, yErr) != nil {
+		return nil, errors.New("must have its numbers in base64url without padding")
+	}
+	switch k.Kty {
+	case "RSA":
+		key := &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(new(big.Int).SetBytes(e).Int64())}
+		if bits := key.N.BitLen(); bits < 2048 || bits > 8192 || len(e) > 4 || key.E < 65537 || key.E%2 == 0 || key.N.Bit(0) == 0 {
+			return nil, errors.New("must have an odd n of 2048 to 8192 bits, and an odd e of 65537 or more in up to 4 bytes")
+		}
+		return key, nil
+	case "EC":
+		key, err := ecdsa.ParseUncompressedPublicKey(elliptic.P256(), slices.Concat([]byte{4}, x, y))
+		if len(x) != 32 || err != nil {
+			return nil, errors.New("must have x and y of 32 bytes each, which are a point of P-256")
+		}
+		return key, nil
+	}
+	if len(x) != ed25519.PublicKeySize {
+		return nil, errors.New("must have an x of 32 bytes")
+	}
+	return ed25519.PublicKey(x), nil
+}
+
+// thumbprint is that of RFC 7638, section 3: of the members that make the key, in
+// the order of their names.
+func (k jwk) thumbprint() string {
+	members := map[string]string{"kty": k.Kty, "crv": k.Crv, "n": k.N, "e": k.E, "x": k.X, "y": k.Y}
+	for name, value := range members {
+		if value == "" {
+			delete(members, name)
+		}
+	}
+	text, _ := json.Marshal(members) // texts of base64url have a JSON
+	sum := sha256.Sum256(text)
+	return b64.EncodeToString(sum[:])
+}
+
+// verifies tells whether the key has signed this. It is for one algorithm, so that
+// nobody can choose another (RFC 8725, section 3.1).
+func (k jwk) verifies(a assertion) bool {
+	public, err := k.public()
+	if err != nil || a.alg != k.Alg && (k.Kty != "OKP" || !slices.Contains(assertionAlgs[3:], a.alg)) { // the two names are one algorithm (RFC 9864)
+		return false
+	}
+	digest := sha256.Sum256([]byte(a.signed))
+	switch key := public.(type) {
+	case *rsa.PublicKey:
+		if k.Alg == "PS256" { // RFC 7518, section 3.5: the salt is as long as the digest
+			return rsa.VerifyPSS(key, crypto.SHA256, digest[:], a.sig, &rsa.PSSOptions{SaltLength: rsa.PSSSaltLengthEqualsHash}) == nil
+		}
+		return rsa.VerifyPKCS1v15(key, crypto.SHA256, digest[:], a.sig) == nil
+	case *ecdsa.PublicKey:
+		return len(a.sig) == 64 && ecdsa.Verify(key, digest[:], new(big.Int).SetBytes(a.sig[:32]), new(big.Int).SetBytes(a.sig[32:]))
+	case ed25519.PublicKey:
+		return ed25519.Verify(key, []byte(a.signed), a.sig)
+	}
+	return false
+}
+
+const assertionLife = 5 * time.Minute // that one may live on, by our clock
+
+// An assertion is what one says. Nothing of it is true before a key verifies it.
+type assertion struct {
+	signed string // header and payload, as they came
+	sig    []byte
+	alg    string
+	kid    string // "" where it doesn't say
+	issuer string
+	sub    string
+	id     string // its jti
+	exp    time.Time
+}
+
+// readAssertion reads what has the right form, is for us and valid now. Its error
+// says what isn't, which who has sent it may know. What the header says of keys
+// (jwk, jku, x5u, x5c) is not looked at.
+func readAssertion(text, issuer string, now time.Time) (a assertion, err error) {
+	header64, rest, _ := strings.Cut(text, ".")
+	payload64, sig64, _ := strings.Cut(rest, ".")
+	header, headerErr := decodeObject(header64)
+	claims, claimsErr := decodeObject(payload64)
+	sig, sigErr := decodeSegment(sig64)
+	if errors.Join(headerErr, claimsErr, sigErr) != nil {
+		return a, errors.New("must be a signed JWT: three parts of base64url without padding, JSON objects the first two")
+	}
+	typ, _ := header["typ"].(string)
+	if _, given := header["typ"]; given && !strings.EqualFold(typ, "JWT") && !strings.EqualFold(typ, "client-authentication+jwt") {
+		return a, errors.New("must have the typ JWT or client-authentication+jwt, or none")
+	}
+	if _, given := header["crit"]; given { // extensions that we don't know (RFC 7515, section 4.1.11)
+		return a, errors.New("must not have crit in its header")
+	}
+	a = assertion{signed: text[:len(header64)+1+len(payload64)], sig: sig}
+	for name, to := range map[string]*string{"iss": &a.issuer, "sub": &a.sub, "jti": &a.id} {
+		if *to, _ = claims[name].(string); *to == "" || len(*to) > 512 {
+			return a, fmt.Errorf("must have %s, a text of at most 512 characters", name)
+		}
+	}
+	a.alg, _ = header["alg"].(string)
+	a.kid, _ = header["kid"].(string)
+	if _, given := header["kid"]; given && !kidPattern.MatchString(a.kid) {
+		return a, errors.New("must have a kid of 1 to 200 printable characters of ASCII, or none")
+	}
+	aud, one := claims["aud"].(string)
+	if list, _ := claims["aud"].([]any); len(list) == 1 {
+		aud, one = list[0].(string)
+	}
+	if !one || strings.TrimSuffix(aud, "/") != issuer {
+		return a, errors.New("must have the aud " + issuer + ", the issuer and nothing else") // not the endpoint's URL, which may be another's (draft-ietf-oauth-rfc7523bis)
+	}
+	exp, hasExp := claims["exp"].(float64)
+	at := float64(now.Unix())
+	switch {
+	case !hasExp || exp <= at:
+		return a, errors.New("must have an exp that is to come, in seconds since 1970")
+	case exp > at+assertionLife.Seconds()+clockSkew:
+		return a, fmt.Errorf("must have an exp within %v", assertionLife)
+	}
+	for _, name := range []string{"iat", "nbf"} {
+		if t, ok := claims[name].(float64); claims[name] != nil && (!ok || t > at+clockSkew) {
+			return a, fmt.Errorf("must have %s in the past, in seconds since 1970, or none", name)
+		}
+	}
+	a.exp = time.Unix(int64(exp)+1, 0)
+	return a, nil
+}
+
+// decodeObject reads an object of JSON in base64url.
+func decodeObject(text string) (object map[string]any, err error) {
+	b, err := decodeSegment(text)
+	if err == nil {
+		err = json.Unmarshal(b, &object)
+	}
+	if err == nil && object == nil {
+		err = errBadToken // null
+	}
+	return object, err
+}
