@@ -149,14 +149,6 @@ func (s *server) listEvents(r *request) (any, error) {
 			and (@before::bigint is null or ("timestamp", seq) < (@beforeTime::timestamptz, @before))
 		order by "timestamp" desc, seq desc`
 	}
-	source := `audit_events`
-	if args["agent"].(*string) != nil { // each half has an index
-		source = `(
-			select ` + eventColumns + ` from audit_events where agent_id = @agent and action = 'token.issued' and outcome = 'success'
-			union all
-			select ` + eventColumns + ` from audit_events where agent_id = @agent and (action <> 'token.issued' or outcome <> 'success')
-		) as events`
-	}
 	oldest := s.oldestServed()
 	if from != nil && from.Before(oldest) || to != nil && to.Before(oldest) {
 		return nil, errRetention.with(map[string]any{"retentionDays": s.cfg.retentionDays, "oldest": moment{oldest}})
@@ -169,7 +161,7 @@ func (s *server) listEvents(r *request) (any, error) {
 		args["before"], args["beforeTime"] = before.Seq, time.UnixMilli(before.Time)
 	}
 	p, more, err := list[event](r.Context(), s.db, part, args, eventColumns, `
-		from `+source+`
+		from audit_events
 		where (@agent::uuid is null or agent_id = @agent)
 			and (@actor::uuid is null or actor_id = @actor)
 			and (@action::text is null or action = @action)

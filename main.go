@@ -121,16 +121,8 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	case command == "-version" || command == "--version":
 		fmt.Fprintln(stdout, version())
 		return nil
-	case command == "keygen", command == "keygen RS256", command == "keygen ES256":
-		key, err := newKeyPEM(strings.TrimPrefix(command, "keygen "))
-		fmt.Fprintf(stdout, "%s", key)
-		return err
-	case command == "keygen client":
-		key, err := newKeyPEM("ES256")
-		if err == nil {
-			err = printClientKey(key, stdout)
-		}
-		return err
+	case command == "keygen", command == "keygen RS256", command == "keygen ES256", command == "keygen client":
+		return printKey(strings.TrimPrefix(command, "keygen "), stdout)
 	case command == "healthcheck":
 		cfg, _ := loadConfig(getenv) // needs no more of it than the address
 		return checkHealth(cfg.listen())
@@ -174,15 +166,20 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	return do(s)
 }
 
-// printClientKey prints a private key, and its public half as it is registered. What
-// reads PEM passes over the latter.
-func printClientKey(private []byte, stdout io.Writer) error {
-	k, err := newKeyset(string(private))
+// printKey prints a new key of RS256 or ES256 that signs; or of a client, with its
+// public half behind it as it is registered, which what reads PEM passes over.
+func printKey(kind string, stdout io.Writer) error {
+	private, err := newKeyPEM(strings.Replace(kind, "client", "ES256", 1))
 	if err != nil {
 		return err
 	}
-	jwk, err := json.Marshal(k.jwks()[0])
-	fmt.Fprintf(stdout, "%s%s\n", private, jwk)
+	fmt.Fprintf(stdout, "%s", private)
+	if kind == "client" {
+		var k *keyset
+		if k, err = newKeyset(string(private)); err == nil {
+			err = json.NewEncoder(stdout).Encode(k.jwks()[0])
+		}
+	}
 	return err
 }
 

@@ -117,12 +117,12 @@ create table if not exists audit_events (
     primary key (seq, "timestamp")
 ) partition by range ("timestamp");
 create index if not exists audit_events_timestamp on audit_events ("timestamp");
--- An agent's events are in two indexes. The first counts its tokens of this
--- month, too, where Redis has lost its quota.
+-- The second counts an agent's tokens of this month, where Redis has lost its quota.
+-- Until version 4 the first had only what that has not, and pages of an agent were sorted.
+drop index if exists audit_events_agent_id;
+create index if not exists audit_events_agent on audit_events (agent_id, seq);
 create index if not exists audit_events_issued on audit_events (agent_id, seq)
     where action = 'token.issued' and outcome = 'success';
-create index if not exists audit_events_agent_id on audit_events (agent_id, seq)
-    where action <> 'token.issued' or outcome <> 'success';
 create index if not exists audit_events_actor_id on audit_events (actor_id, seq);
 -- Any action may be rare. What is most of all is kept small.
 create index if not exists audit_events_tokens on audit_events (seq) where action = 'token.issued';
