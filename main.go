@@ -240,6 +240,7 @@ type server struct {
 	bodies   bodies
 
 	draining, verifying atomic.Bool
+	keysUnread          atomic.Bool // since their files changed last: they are not right
 	inFlight            atomic.Int64
 }
 
@@ -350,6 +351,7 @@ func (s *server) watchKeys(ctx context.Context, hangup <-chan os.Signal, getenv 
 		if seen == taken || seen != before && before != "" {
 			continue
 		}
+		s.keysUnread.Store(err != nil)
 		if taken = seen; err != nil {
 			slog.Error("keys not read, the old ones stay", "error", err)
 			continue

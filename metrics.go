@@ -137,6 +137,7 @@ func (s *server) showMetrics(w http.ResponseWriter, _ *http.Request) {
 	counted("counter", "agentidp_store_errors_total", "Calls that failed, or found no connection.", `store="postgres"`, `store="redis"`)
 	number("gauge", "agentidp_postgres_up", "Whether events were committed within the last second, or could have been.", is[s.postgres.well()])
 	number("gauge", "agentidp_redis_up", "Whether Redis could count within the last second.", is[s.redis.well()])
+	number("gauge", "agentidp_keys_read", "Whether the files of the keys were right when they changed last.", is[!s.keysUnread.Load()])
 	number("gauge", "agentidp_clock_distance_seconds", "How far PostgreSQL's clock is ahead of this machine's.", s.clockDistance().Seconds())
 	counted("histogram", "agentidp_audit_batch_events", "Events stored together for concurrent requests.")
 	counted("histogram", "agentidp_audit_commit_duration_seconds", "Time of the transaction that stores a batch, also where it failed.")

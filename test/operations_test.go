@@ -560,7 +560,7 @@ func TestExportStreams(t *testing.T) {
 func TestKeysAreTakenWhenTheirFilesHaveChanged(t *testing.T) {
 	t.Parallel()
 	files := newKeyFiles(t, testKey(), publicPEM(t, secondKey()))
-	p := newProgram(t, newDatabase(t), newRedis(t), files.env()...)
+	p := newProgram(t, newDatabase(t), newRedis(t), append(files.env(), "METRICS_ADDR", metricsOn)...)
 	before := p.kids()
 	for i := range rounds(3, 20) { // so far apart that no two looks see two of them, and each long enough for one
 		begun := time.Now()
@@ -577,7 +577,11 @@ func TestKeysAreTakenWhenTheirFilesHaveChanged(t *testing.T) {
 	files.set(ellipticKey(), publicPEM(t, testKey()))
 	p.eventually("the new keys are taken", func() bool { return slices.Equal(p.kids(), kidsOf(t, ellipticKey(), testKey())) })
 	files.set("canary", "")
-	p.eventually("bad ones are complained of", func() bool { return strings.Contains(p.log.String(), "keys not read, the old ones stay") })
+	p.eventually("bad ones are complained of", func() bool {
+		return strings.Contains(p.log.String(), "keys not read, the old ones stay") && p.metric("agentidp_keys_read") == 0
+	})
+	files.set(ellipticKey(), publicPEM(t, testKey()))
+	p.eventually("they are well again", func() bool { return p.metric("agentidp_keys_read") == 1 })
 	if err := errors.Join(os.Remove(files.private), syscall.Mkfifo(files.private, 0o600)); err != nil {
 		t.Fatal(err)
 	}
