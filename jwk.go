@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"math/big"
 	"regexp"
 	"slices"
@@ -88,8 +89,8 @@ func (k jwk) public() (crypto.PublicKey, error) {
 	switch k.Kty {
 	case "RSA":
 		key := &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(new(big.Int).SetBytes(e).Int64())}
-		if bits := key.N.BitLen(); bits < 2048 || bits > 8192 || len(e) > 4 || key.E < 65537 || key.E%2 == 0 || key.N.Bit(0) == 0 {
-			return nil, errors.New("must have an odd n of 2048 to 8192 bits, and an odd e of 65537 or more in up to 4 bytes")
+		if bits := key.N.BitLen(); bits < 2048 || bits > 8192 || len(e) > 4 || key.E < 65537 || key.E > math.MaxInt32 || key.E%2 == 0 || key.N.Bit(0) == 0 || n[0] == 0 || e[0] == 0 {
+			return nil, errors.New("must have an odd n of 2048 to 8192 bits, and an odd e from 65537 to 2^31-1, without zeros in front (RFC 7518, section 6.3.1)")
 		}
 		return key, nil
 	case "EC":
@@ -105,17 +106,15 @@ func (k jwk) public() (crypto.PublicKey, error) {
 	return ed25519.PublicKey(x), nil
 }
 
-// thumbprint is that of RFC 7638, section 3: of the members that make the key, in
-// the order of their names.
+// thumbprint is that of RFC 7638, section 3: of the members that make a key of
+// its kind, in the order of their names, and no others. A key has only one.
 func (k jwk) thumbprint() string {
-	members := map[string]string{"kty": k.Kty, "crv": k.Crv, "n": k.N, "e": k.E, "x": k.X, "y": k.Y}
-	for name, value := range members {
-		if value == "" {
-			delete(members, name)
-		}
-	}
-	text, _ := json.Marshal(members) // texts of base64url have a JSON
-	sum := sha256.Sum256(text)
+	text := map[string]string{
+		"RSA": `{"e":"` + k.E + `","kty":"RSA","n":"` + k.N + `"}`,
+		"EC":  `{"crv":"P-256","kty":"EC","x":"` + k.X + `","y":"` + k.Y + `"}`,
+		"OKP": `{"crv":"Ed25519","kty":"OKP","x":"` + k.X + `"}`,
+	}[k.Kty]
+	sum := sha256.Sum256([]byte(text))
 	return b64.EncodeToString(sum[:])
 }
 

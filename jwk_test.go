@@ -1,0 +1,134 @@
+package main
+
+import (
+	"bytes"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/json"
+	"math/big"
+	"slices"
+	"testing"
+)
+
+// keyOf reads a JWK of a test.
+func keyOf(t testing.TB, text string) (jwk, error) {
+	t.Helper()
+	var value any
+	if err := json.Unmarshal([]byte(text), &value); err != nil {
+		t.Fatal(err)
+	}
+	return readJWK(value)
+}
+
+// goodKey reads one that must be right.
+func goodKey(t testing.TB, text string) jwk {
+	t.Helper()
+	k, err := keyOf(t, text)
+	if err != nil {
+		t.Fatalf("%s %v", text, err)
+	}
+	return k
+}
+
+// RFC 7638, section 3.1, has the first; RFC 8037, appendix A.3, the second; that of P-256
+// is from RFC 9449, section 6.1.
+func TestThumbprintIsThatOfTheRFCs(t *testing.T) {
+	t.Parallel()
+	const (
+		modulus = "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjBZCiFV4n3oknjhMstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw"
+		okp     = `"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"`
+		ec      = `"kty":"EC","x":"l8tFrhx-34tV3hRICRDY9zCkDlpBhF42UQUfWVAWBFs","y":"9VE4jf_Ok_o64zbTTlcuNJajHmt6v9TDVrU0CdvGRDA","crv":"P-256"`
+	)
+	for _, row := range []struct{ jwk, want string }{
+		{`{"kty":"RSA","n":"` + modulus + `","e":"AQAB","alg":"RS256","kid":"2011-04-29"}`, "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs"},
+		{"{" + okp + "}", "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"},
+		{"{" + ec + "}", "0ZcOCORZNYy-DWpqq30jZyJGHTN0d2HglBV3uiguA4I"},
+		// What makes a key of another kind would be another thumbprint of the same key.
+		{`{"kty":"RSA","n":"` + modulus + `","e":"AQAB","x":"AAAA","y":"AAAA"}`, "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs"},
+		{"{" + okp + `,"y":"AAAA","n":"AAAA","e":"AQAB"}`, "kPrK_qmxVWaYVA9wwBF6Iuo3vVzz7TxHCTwXBygrS4k"},
+		{"{" + ec + `,"n":"AAAA","e":"AQAB"}`, "0ZcOCORZNYy-DWpqq30jZyJGHTN0d2HglBV3uiguA4I"},
+	} {
+		if got := goodKey(t, row.jwk).thumbprint(); got != row.want {
+			t.Errorf("the thumbprint of %s = %s, want %s", row.jwk, got, row.want)
+		}
+	}
+}
+
+// Another spelling of a key would be another thumbprint, so that two agents could have it.
+func TestNumbersOfAKeyHaveOneSpelling(t *testing.T) {
+	t.Parallel()
+	n := newRSA(t, 2048, 65537).n.Bytes()
+	for name, row := range map[string]struct {
+		n, e []byte
+		good bool
+	}{
+		"as it is":        {n, []byte{1, 0, 1}, true},
+		"a zero before n": {slices.Concat([]byte{0}, n), []byte{1, 0, 1}, false},
+		"a zero before e": {n, []byte{0, 1, 0, 1}, false},
+		"no n":            {nil, []byte{1, 0, 1}, false},
+		"no e":            {n, nil, false},
+		"e of 2^31-1":     {n, []byte{0x7f, 0xff, 0xff, 0xff}, true},
+		"e of 2^31+1":     {n, []byte{0x80, 0, 0, 1}, false}, // with which Go verifies nothing
+		"e of 2^32+1":     {n, []byte{1, 0, 0, 0, 1}, false},
+		"e of 2^64+65537": {n, []byte{1, 0, 0, 0, 0, 0, 1, 0, 1}, false},
+		"e of 65535":      {n, []byte{0xff, 0xff}, false},
+	} {
+		_, err := keyOf(t, `{"kty":"RSA","n":"`+b64.EncodeToString(row.n)+`","e":"`+b64.EncodeToString(row.e)+`"}`)
+		if (err == nil) != row.good {
+			t.Errorf("%s: %v, want it taken: %v", name, err, row.good)
+		}
+	}
+}
+
+// What may be a key does verify what its private half signs: nobody finds out only
+// later that it is too large.
+func TestRSAKeysOfEverySizeVerify(t *testing.T) {
+	t.Parallel()
+	for _, bits := range []int{2048, 2056, 8192} {
+		for _, e := range []int64{65537, 1<<31 - 1} {
+			private := newRSA(t, bits, e)
+			k := goodKey(t, `{"kty":"RSA","n":"`+b64.EncodeToString(private.n.Bytes())+`","e":"`+b64.EncodeToString(big.NewInt(e).Bytes())+`"}`)
+			if !k.verifies(assertion{signed: "x", sig: private.sign("x"), alg: "RS256"}) {
+				t.Errorf("a key of %d bits with the exponent %d verifies nothing", bits, e)
+			}
+		}
+	}
+}
+
+// An rsaKey has an exponent that Go's own wouldn't make. It is of many primes, which
+// are quick to find.
+type rsaKey struct{ n, d *big.Int }
+
+func newRSA(t testing.TB, bits int, e int64) rsaKey {
+	t.Helper()
+	const size = 512
+	one := big.NewInt(1)
+	for {
+		n, phi := big.NewInt(1), big.NewInt(1)
+		for left := bits; left > 0; {
+			length := size
+			if left < 2*size {
+				length = left
+			}
+			left -= length
+			p, err := rand.Prime(rand.Reader, length) // its two highest bits are set
+			if err != nil {
+				t.Fatal(err)
+			}
+			n.Mul(n, p)
+			phi.Mul(phi, p.Sub(p, one))
+		}
+		if d := new(big.Int).ModInverse(big.NewInt(e), phi); d != nil && n.BitLen() >= max(2048, bits-8) {
+			return rsaKey{n, d}
+		}
+	}
+}
+
+// sign is PKCS #1 v1.5 with SHA-256 (RFC 8017, section 9.2).
+func (k rsaKey) sign(text string) []byte {
+	digest := sha256.Sum256([]byte(text))
+	end := slices.Concat([]byte("\x00\x30\x31\x30\x0d\x06\x09\x60\x86\x48\x01\x65\x03\x04\x02\x01\x05\x00\x04\x20"), digest[:])
+	size := (k.n.BitLen() + 7) / 8
+	m := new(big.Int).SetBytes(slices.Concat([]byte{0, 1}, bytes.Repeat([]byte{0xff}, size-2-len(end)), end))
+	return m.Exp(m, k.d, k.n).FillBytes(make([]byte, size))
+}
