@@ -136,6 +136,7 @@ func useOnce(ctx context.Context, db querier, uses []use) ([]bool, error) {
 	rows, _ := db.Query(ctx, `
 		insert into token_revocations (jti, expires_at)
 		select * from unnest($1::uuid[], $2::timestamptz[])
+		order by 1 -- or two copies would wait for each other
 		on conflict (jti) do nothing
 		returning jti::text`, ids, ends)
 	stored, err := pgx.CollectRows(rows, pgx.RowTo[string])
