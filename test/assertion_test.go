@@ -5,14 +5,28 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
+	"crypto/hmac"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha1"
 	"crypto/sha256"
+	"crypto/sha512"
+	"crypto/x509"
+	"encoding/asn1"
 	"encoding/base64"
+	"encoding/binary"
 	"encoding/json"
+	"fmt"
+	"hash"
 	"maps"
 	"math/big"
+	"net/http"
+	"net/http/httptest"
 	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -118,7 +132,7 @@ func (h holder) header() members { return members{"alg": h.alg, "typ": "JWT"} }
 
 func (v *service) assertionClaims(clientID string) members {
 	now := time.Now().Unix()
-	return members{"iss": clientID, "sub": clientID, "aud": v.env["ISSUER"], "jti": newID(), "iat": now, "exp": now + 60}
+	return members{"iss": clientID, "sub": clientID, "aud": v.env["ISSUER"], "jti": newID(), "iat": now, "exp": now + 240}
 }
 
 func (v *service) assertion(h holder, clientID string) string {
@@ -171,5 +185,748 @@ func TestKeysAreAsGoodAsSecrets(t *testing.T) {
 				t.Error("the revoked token is active")
 			}
 		})
+	}
+}
+
+// forge signs a header and a payload as they are.
+func (h holder) forge(header, payload string) string {
+	signed := encode(header) + "." + encode(payload)
+	return signed + "." + encode(string(h.signature(signed)))
+}
+
+// A badAssertion is one that nobody may be let in by: most are signed by the right
+// key, so that nothing but the fault can refuse them. Says is what the answer says of it.
+type badAssertion struct{ name, text, says string }
+
+const unsigned = "No active key of this client has signed the client_assertion."
+
+// signedWrong are assertions whose signature isn't what the key's algorithm makes of them.
+func signedWrong(t testing.TB, v *service, h holder, id string) (bad []badAssertion) {
+	t.Helper()
+	add := func(name, text string) { bad = append(bad, badAssertion{name, text, unsigned}) }
+	body := func(header members) string {
+		return encode(header.String()) + "." + encode(v.assertionClaims(id).String())
+	}
+	with := func(alg any) members { return h.header().with(members{"alg": alg}) }
+	number := base64.RawURLEncoding.EncodeToString
+
+	// The algorithm is never the assertion's choice (RFC 8725, section 3.1).
+	algs := []any{"none", "None", "NONE", "nOnE", "", nil, 1, true, []string{h.alg}, members{"alg": h.alg}, strings.ToLower(h.alg), h.alg + " ", h.alg + "\x00",
+		"HS256", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "ES256", "ES384", "ES256K", "EdDSA", "Ed25519", "Ed448", "ES256, none"}
+	for _, alg := range algs {
+		if alg != any(h.alg) && !(h.jwk["kty"] == "OKP" && (alg == "EdDSA" || alg == "Ed25519")) { // which are one
+			add(fmt.Sprintf("alg %q signed by the key", alg), h.sign(with(alg), v.assertionClaims(id)))
+			add(fmt.Sprintf("alg %q without signature", alg), body(with(alg))+".")
+		}
+	}
+	add("no alg", h.sign(h.header().without("alg"), v.assertionClaims(id)))
+	add("ALG in place of alg", h.sign(h.header().without("alg").with(members{"ALG": h.alg}), v.assertionClaims(id)))
+	add("alg twice, the other behind", h.forge(`{"alg":"`+h.alg+`","alg":"none"}`, v.assertionClaims(id).String()))
+
+	// The public key is no secret.
+	der, err := x509.MarshalPKIXPublicKey(h.private.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	public := pkix(t, h.private.Public())
+	secrets := map[string]string{"the public PEM": public, "the PEM without its last newline": strings.TrimSpace(public), "the public DER": string(der),
+		"the public JWK": h.jwk.String(), "nothing": "", "the client's id": id}
+	for _, name := range []string{"n", "x"} {
+		if text, _ := h.jwk[name].(string); text != "" {
+			b, _ := base64.RawURLEncoding.DecodeString(text)
+			secrets["the bytes of "+name], secrets["the text of "+name] = string(b), text
+		}
+	}
+	for name, secret := range secrets {
+		for _, alg := range []string{"HS256", h.alg} {
+			signed := body(with(alg))
+			mac := hmac.New(sha256.New, []byte(secret))
+			mac.Write([]byte(signed))
+			add("HMAC with "+name+" as "+alg, signed+"."+number(mac.Sum(nil)))
+		}
+	}
+
+	// Another key, of each kind, also one that the header brings along.
+	for _, alg := range []string{"RS256", "PS256", "ES256", "EdDSA"} {
+		other := newHolder(t, alg)
+		add("another key, of "+alg, other.sign(h.header(), v.assertionClaims(id)))
+		add("another key, of "+alg+", which says so", other.sign(other.header(), v.assertionClaims(id)))
+		add("another key, of "+alg+", as jwk", other.sign(h.header().with(members{"jwk": other.jwk}), v.assertionClaims(id)))
+		add("another key, of "+alg+", under the kid of the right one",
+			other.sign(h.header().with(members{"kid": thumbprint(h.jwk)}), v.assertionClaims(id)))
+	}
+
+	signed := body(h.header())
+	digest := sha256.Sum256([]byte(signed))
+	sig := h.signature(signed)
+	flipped := slices.Clone(sig)
+	flipped[len(flipped)/2] ^= 1
+	for name, sig := range map[string][]byte{
+		"nothing": nil, "one bit more": flipped, "zeros": make([]byte, len(sig)), "a byte less": sig[:len(sig)-1], "a byte more": append(slices.Clone(sig), 0),
+		"a zero before": append([]byte{0}, sig...), "itself twice": append(slices.Clone(sig), sig...), "one": append(make([]byte, len(sig)-1), 1),
+		"the payload's": h.signature(strings.Split(signed, ".")[1]), "the signature of another": h.signature(body(h.header())),
+		"the signature of its digest": h.signature(string(digest[:])),
+	} {
+		add("as signature "+name, signed+"."+number(sig))
+	}
+	switch key := h.private.(type) {
+	case *rsa.PrivateKey:
+		for name, options := range map[string]*rsa.PSSOptions{
+			"a salt of 32": {SaltLength: 32}, "no salt": {SaltLength: 0}, "a salt of 20": {SaltLength: 20}, "a salt of 33": {SaltLength: 33}, "the longest salt": {SaltLength: 222},
+		} {
+			sig, err := rsa.SignPSS(rand.Reader, key, crypto.SHA256, digest[:], options)
+			if options.SaltLength == 0 {
+				sig, err = pss(key, digest[:], nil, sha256.New()), nil
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if h.alg != "PS256" || options.SaltLength != 32 {
+				add("PSS with "+name, signed+"."+number(sig))
+			}
+		}
+		salt := make([]byte, 32)
+		add("PSS with MGF1 of SHA-1", signed+"."+number(pss(key, digest[:], salt, sha1.New())))
+		add("PSS with MGF1 of SHA-512", signed+"."+number(pss(key, digest[:], salt, sha512.New())))
+		if h.alg == "PS256" { // and that is all that was wrong with those
+			v.want(v.byAssertion("", signed+"."+number(pss(key, digest[:], salt, sha256.New()))), 200, "")
+			sig, err := rsa.SignPKCS1v15(nil, key, crypto.SHA256, digest[:])
+			if err != nil {
+				t.Fatal(err)
+			}
+			add("PKCS #1 v1.5", signed+"."+number(sig))
+		}
+		for _, hash := range []crypto.Hash{crypto.SHA384, crypto.SHA512, crypto.SHA1, 0} {
+			text := []byte(signed)
+			if hash != 0 {
+				w := hash.New()
+				w.Write(text)
+				text = w.Sum(nil)
+			} else {
+				text = digest[:]
+			}
+			sig, err := rsa.SignPKCS1v15(nil, key, hash, text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			add(fmt.Sprintf("PKCS #1 v1.5 with the hash %d", hash), signed+"."+number(sig))
+		}
+		if longer := new(big.Int).Add(new(big.Int).SetBytes(sig), key.N); longer.BitLen() <= 8*len(sig) {
+			add("the signature plus the modulus", signed+"."+number(longer.FillBytes(make([]byte, len(sig)))))
+		}
+	case *ecdsa.PrivateKey:
+		r, s := new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])
+		der, err := asn1.Marshal(struct{ R, S *big.Int }{r, s})
+		if err != nil {
+			t.Fatal(err)
+		}
+		add("in ASN.1", signed+"."+number(der))
+		// Psychic signatures (CVE-2022-21449) and their like.
+		zero, one, most := new(big.Int), big.NewInt(1), new(big.Int).Sub(new(big.Int).Lsh(big.NewInt(1), 256), big.NewInt(1))
+		p := key.Params().P
+		for name, pair := range map[string][2]*big.Int{
+			"r and s 0": {zero, zero}, "r 0": {zero, s}, "s 0": {r, zero}, "r and s 1": {one, one}, "r and s swapped": {s, r},
+			"r and s the order": {orderP256, orderP256}, "r the order": {orderP256, s}, "s the order": {r, orderP256}, "r the order, s 1": {orderP256, one},
+			"r and s the most": {most, most}, "r the prime": {p, s}, "r the prime less the order": {new(big.Int).Sub(p, orderP256), s},
+		} {
+			add(name, signed+"."+number(fixed(pair[0], pair[1])))
+		}
+		wide := append(r.FillBytes(make([]byte, 33)), s.FillBytes(make([]byte, 33))...)
+		add("r and s of 33 bytes", signed+"."+number(wide))
+	case ed25519.PrivateKey:
+		// The same s, plus the order of the group, which RFC 8032, section 5.1.7, refuses.
+		order, _ := new(big.Int).SetString("7237005577332262213973186563042994240857116359379907606001950938285454250989", 10)
+		little := slices.Clone(sig[32:])
+		slices.Reverse(little)
+		more := new(big.Int).Add(new(big.Int).SetBytes(little), order).FillBytes(make([]byte, 32))
+		slices.Reverse(more)
+		add("s plus the order", signed+"."+number(append(slices.Clone(sig[:32]), more...)))
+		wide := sha512.Sum512([]byte(signed))
+		hashed, err := key.Sign(nil, wide[:], &ed25519.Options{Hash: crypto.SHA512})
+		if err != nil {
+			t.Fatal(err)
+		}
+		add("Ed25519ph", signed+"."+number(hashed))
+		context, err := key.Sign(nil, []byte(signed), &ed25519.Options{Context: "JWS"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		add("Ed25519ctx", signed+"."+number(context))
+	}
+	return bad
+}
+
+// pss is EMSA-PSS of RFC 8017, section 9.1, with SHA-256 and MGF1 of any hash.
+func pss(key *rsa.PrivateKey, digest, salt []byte, mgf hash.Hash) []byte {
+	size := key.Size()
+	sum := sha256.Sum256(slices.Concat(make([]byte, 8), digest, salt))
+	block := make([]byte, size-len(sum)-1)
+	block[len(block)-len(salt)-1] = 1
+	copy(block[len(block)-len(salt):], salt)
+	for i, counter := 0, uint32(0); i < len(block); counter++ {
+		mgf.Reset()
+		mgf.Write(binary.BigEndian.AppendUint32(slices.Clone(sum[:]), counter))
+		for _, c := range mgf.Sum(nil) {
+			if i < len(block) {
+				block[i] ^= c
+			}
+			i++
+		}
+	}
+	block[0] &= 0x7f
+	m := new(big.Int).SetBytes(slices.Concat(block, sum[:], []byte{0xbc}))
+	return m.Exp(m, key.D, key.N).FillBytes(make([]byte, size))
+}
+
+// thumbprint is that of RFC 7638.
+func thumbprint(jwk members) string {
+	made := members{}
+	for _, name := range map[any][]string{"RSA": {"e", "kty", "n"}, "EC": {"crv", "kty", "x", "y"}, "OKP": {"crv", "kty", "x"}}[jwk["kty"]] {
+		made[name] = jwk[name]
+	}
+	sum := sha256.Sum256([]byte(made.String()))
+	return base64.RawURLEncoding.EncodeToString(sum[:])
+}
+
+// saidWrong are assertions that the right key has signed, and that say what none may.
+func saidWrong(v *service, h holder, id string) (bad []badAssertion) {
+	issuer, now := v.env["ISSUER"], time.Now().Unix()
+	header := func(says string, changes ...members) {
+		for _, change := range changes {
+			bad = append(bad, badAssertion{"header with " + change.String(), h.sign(h.header().with(change), v.assertionClaims(id)), says})
+		}
+	}
+	claim := func(says, name string, values ...any) {
+		for _, value := range values {
+			bad = append(bad, badAssertion{fmt.Sprintf("%s %.60q", name, value), h.sign(h.header(), v.assertionClaims(id).with(members{name: value})), says})
+		}
+	}
+	missing := func(name, says string) {
+		less := v.assertionClaims(id).without(name)
+		bad = append(bad, badAssertion{"no " + name, h.sign(h.header(), less), says},
+			badAssertion{name + " in upper case alone", h.sign(h.header(), less.with(members{strings.ToUpper(name): v.assertionClaims(id)[name]})), says})
+	}
+	header("must have the typ JWT", members{"typ": "at+jwt"}, members{"typ": "AT+JWT"}, members{"typ": "dpop+jwt"}, members{"typ": "application/at+jwt"},
+		members{"typ": auditCheckpoint}, members{"typ": "audit-cursor+jwt"}, members{"typ": "id+jwt"}, members{"typ": "logout+jwt"}, members{"typ": "JWS"}, members{"typ": ""}, members{"typ": " JWT"},
+		members{"typ": nil}, members{"typ": 1}, members{"typ": []string{"JWT"}})
+	header("must not have crit", members{"crit": []string{"exp"}}, members{"crit": []string{}}, members{"crit": nil}, members{"crit": "exp"},
+		members{"crit": []string{"b64"}, "b64": false}, members{"crit": []string{"b64"}, "b64": true})
+	header("must have a kid of 1 to 200", members{"kid": ""}, members{"kid": nil}, members{"kid": 1}, members{"kid": []string{"a"}}, members{"kid": members{}},
+		members{"kid": thumbprint(h.jwk) + "\x00"}, members{"kid": thumbprint(h.jwk) + "\n"}, members{"kid": "\x7f"}, members{"kid": "schlüssel"}, members{"kid": strings.Repeat("a", 201)})
+	header(unsigned, members{"kid": "unknown"}, members{"kid": strings.Repeat("A", 43)}, members{"kid": "' or '1'='1"}, members{"kid": "'; drop table credentials; --"},
+		members{"kid": "../../../../dev/null"}, members{"kid": "%"}, members{"kid": thumbprint(h.jwk)[:42]}, members{"kid": thumbprint(h.jwk) + " "}, members{"kid": "https://evil.example.com/jwks"})
+
+	for _, name := range []string{"iss", "sub", "jti"} {
+		claim("must have "+name+", a text", name, "", nil, 1, true, []string{id}, members{}, strings.Repeat("x", 513))
+		missing(name, "must have "+name+", a text")
+	}
+	claim("must have the client_id as both iss and sub", "iss", newID(), issuer, "https://evil.example.com", strings.ToUpper(id), id+" ", id+"\x00")
+	claim("must have the client_id as both iss and sub", "sub", newID(), v.id, strings.ToUpper(id), id+" ")
+	for _, other := range []string{newID(), v.id, strings.ToUpper(id), "{" + id + "}", strings.ReplaceAll(id, "-", ""), "urn:uuid:" + id, id + " ", id + "\n", id + "\x00",
+		"x", "\x00", "' or 1=1 --", strings.Repeat("0", 512)} {
+		bad = append(bad, badAssertion{fmt.Sprintf("of the client %.60q", other), h.sign(h.header(), v.assertionClaims(other)), unsigned})
+	}
+
+	claim("must have the aud "+issuer, "aud", "", nil, 1, true, members{}, []string{}, []any{nil}, []any{1}, []any{[]string{issuer}}, []string{issuer, issuer},
+		[]string{issuer, "https://evil.example.com"}, []string{"https://evil.example.com", issuer}, []string{issuer, ""}, issuer+"//", issuer+"/api", issuer+"/api/v1/token",
+		issuer+"/api/v1/token/introspect", issuer+"/api/v1/token/revoke", []string{issuer + "/api/v1/token"}, issuer[:len(issuer)-1], issuer+"0", strings.ToUpper(issuer), " "+issuer,
+		issuer+" ", issuer+"\x00", issuer+"?", issuer+"#", "//"+strings.TrimPrefix(issuer, "http://"), strings.TrimPrefix(issuer, "http://"), "https://evil.example.com", id, issuer+" "+issuer)
+	missing("aud", "must have the aud "+issuer)
+	bad = append(bad, badAssertion{"aud twice, another's behind", h.forge(h.header().String(), strings.TrimSuffix(v.assertionClaims(id).String(), "}")+`,"aud":"https://evil.example.com"}`), "must have the aud " + issuer})
+
+	claim("must have an exp that is to come", "exp", nil, "", strconv.FormatInt(now+60, 10), true, []int64{now + 60}, members{}, -1, 0, 1, now-1, now, now-3600, json.RawMessage("-1e300"),
+		json.RawMessage("1e-400"))
+	claim("must have an exp within 5m", "exp", now+1000, now+3600, now+365*86400, 1<<53, json.RawMessage("1e308"), json.RawMessage(strings.Repeat("9", 300)), (now+60)*1000)
+	missing("exp", "must have an exp that is to come")
+	form := "must be a signed JWT"
+	for _, name := range []string{"exp", "iat", "nbf"} {
+		bad = append(bad, badAssertion{name + " 1e400", h.sign(h.header(), v.assertionClaims(id).with(members{name: json.RawMessage("1e400")})), form})
+	}
+	for _, name := range []string{"iat", "nbf"} {
+		for _, value := range []any{now + 1000, now + 3600, strconv.FormatInt(now, 10), "", true, []int64{now}, members{}, json.RawMessage("1e308")} {
+			bad = append(bad, badAssertion{fmt.Sprintf("%s %v", name, value), h.sign(h.header(), v.assertionClaims(id).with(members{name: value})), "must have " + name + " in the past"})
+		}
+	}
+
+	// What is no JWT in compact form, or not the one spelling of it. Go's base64 skips newlines and spare bits.
+	payload := v.assertionClaims(id).String()
+	good := h.forge(h.header().String(), payload)
+	parts := strings.Split(good, ".")
+	for name, text := range map[string]string{
+		"a word": "x", "a dot": ".", "two dots": "..", "three dots": "...", "four parts": good + "." + parts[2], "an empty fourth part": good + ".",
+		"a part before": "." + good, "five parts": good + "..", "the scheme too": "Bearer " + good, "a space before": " " + good, "a newline behind": good + "\n", "NUL behind": good + "\x00",
+		"a newline in the header": parts[0][:5] + "\n" + parts[0][5:] + "." + parts[1] + "." + parts[2], "padding": good + "==",
+		"a newline in the signature": good[:len(good)-9] + "\n" + good[len(good)-9:], "the signature in hex": parts[0] + "." + parts[1] + ".zz" + fmt.Sprintf("%x", parts[2]) + "==",
+		"JSON serialization": members{"protected": parts[0], "payload": parts[1], "signature": parts[2]}.String(),
+		"header null":        h.forge("null", payload), "header array": h.forge("[]", payload), "header text": h.forge(`"x"`, payload), "no header": h.forge("", payload),
+		"payload null": h.forge(h.header().String(), "null"), "payload array": h.forge(h.header().String(), "["+payload+"]"), "payload text": h.forge(h.header().String(), strconv.Quote(payload)),
+		"no payload": h.forge(h.header().String(), ""), "payload and more": h.forge(h.header().String(), payload+payload), "payload cut short": h.forge(h.header().String(), payload[:len(payload)-1]),
+		"byte order mark": h.forge(h.header().String(), "\ufeff"+payload), "deep": h.forge(h.header().String(), `{"x":`+strings.Repeat("[", 4000)+payload+strings.Repeat("]", 3999)+"}"),
+		"payload not encoded": signedText(h, encode(h.header().with(members{"b64": false}).String())+"."+payload),
+		"padded header":       signedText(h, encode(h.header().String())+"=."+encode(payload)), "padded payload": signedText(h, encode(h.header().String())+"."+encode(payload)+"="),
+		"standard base64": signedText(h, encode(h.header().String())+"."+base64.RawStdEncoding.EncodeToString([]byte(payload[:len(payload)-1]+`,"x":"???>>>~~~"}`))),
+	} {
+		bad = append(bad, badAssertion{name, text, form})
+	}
+	bad = append(bad, badAssertion{"two parts", parts[0] + "." + parts[1], unsigned})
+	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+	spare := func(part string) string { // one more than what it is, where that says nothing
+		return part[:len(part)-1] + string(alphabet[strings.IndexByte(alphabet, part[len(part)-1])+1])
+	}
+	loose := func(text string) string { // a length that leaves bits to spare
+		return text + strings.Repeat(" ", (4-len(text)%3)%3)
+	}
+	bad = append(bad, badAssertion{"spare bits in the signature", parts[0] + "." + parts[1] + "." + spare(parts[2]), form},
+		badAssertion{"spare bits in the header", signedText(h, spare(encode(loose(h.header().String())))+"."+parts[1]), form},
+		badAssertion{"spare bits in the payload", signedText(h, parts[0]+"."+spare(encode(loose(payload)))), form})
+
+	// What else is signed here.
+	cursor := v.audit("limit=1").NextCursor
+	bad = append(bad, badAssertion{"an access token of ours", v.bearer, "must have the typ JWT"}, badAssertion{"a checkpoint of ours", v.checkpoint(), "must have the typ JWT"},
+		badAssertion{"a cursor of ours", *cursor, "must"}, badAssertion{"a secret", v.secret, form})
+	return bad
+}
+
+// signedText signs what stands before the signature, whatever it is.
+func signedText(h holder, signed string) string {
+	return signed + "." + base64.RawURLEncoding.EncodeToString(h.signature(signed))
+}
+
+func TestBadAssertionsAreRefused(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	for _, alg := range []string{"RS256", "PS256", "ES256", "EdDSA", "Ed25519"} {
+		t.Run(alg, func(t *testing.T) {
+			id, _, h := v.newKeyClient(alg, "a:b")
+			bad := signedWrong(t, v, h, id)
+			if alg == "ES256" {
+				bad = append(bad, saidWrong(v, h, id)...)
+			}
+			if len(bad) < 60 {
+				t.Fatalf("only %d of them", len(bad))
+			}
+			for _, row := range bad {
+				a := v.byAssertion("", row.text)
+				if a.status != 401 || a.code() != "invalid_client" || a.text("access_token") != "" || !strings.Contains(a.text("error_description"), row.says) {
+					t.Errorf("%s: answered %v, want 401 invalid_client that says %q", row.name, a, row.says)
+				}
+			}
+			// None of them has taken anything from the client.
+			v.want(v.byAssertion("", v.assertion(h, id)), 200, "")
+			if n := v.count(`select count(*) from audit_events where action = 'token.issued' and agent_id = $1`, id); n > 2 {
+				t.Errorf("%d tokens were issued", n)
+			}
+		})
+	}
+}
+
+// What differs from the plainest assertion, and is right all the same.
+func TestGoodAssertionsAreTaken(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	issuer, now := v.env["ISSUER"], time.Now().Unix()
+	var asked atomic.Int64 // for a key that a header names
+	lure := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
+	defer lure.Close()
+	id, h := v.newAgent("a:b"), newHolder(t, "ES256")
+	h.jwk["kid"] = "my key, 'quoted' & more"
+	v.want(v.register(id, h.jwk), 201, "")
+	other := newHolder(t, "ES256")
+	same := newID()
+	for _, row := range []struct {
+		name           string
+		header, claims members
+	}{
+		{"typ jwt", members{"typ": "jwt"}, nil},
+		{"typ client-authentication+jwt", members{"typ": "client-authentication+jwt"}, nil},
+		{"aud as array of one", nil, members{"aud": []string{issuer}}},
+		{"aud with a slash", nil, members{"aud": issuer + "/"}},
+		{"aud as array of one with a slash", nil, members{"aud": []string{issuer + "/"}}},
+		{"exp in 5 minutes", nil, members{"exp": now + 300}},
+		{"exp in 5 minutes, by a clock that is ahead", nil, members{"exp": now + 305}},
+		{"exp with a fraction", nil, members{"exp": float64(now) + 60.5}},
+		{"exp with an exponent", nil, members{"exp": json.RawMessage(fmt.Sprintf("%de-1", (now+60)*10))}},
+		{"iat by a clock that is ahead", nil, members{"iat": now + 5, "nbf": now + 5}},
+		{"iat long ago", nil, members{"iat": 1, "nbf": -1}},
+		{"iat and nbf null", nil, members{"iat": nil, "nbf": nil}},
+		{"kid its thumbprint", members{"kid": thumbprint(h.jwk)}, nil},
+		{"kid its own", members{"kid": h.jwk["kid"]}, nil},
+		{"another's jwk", members{"jwk": other.jwk}, nil},
+		{"jku, x5u, x5c", members{"jku": lure.URL, "x5u": lure.URL, "x5c": []string{"MIIB"}, "x5t": "x"}, nil},
+		{"b64 that isn't critical", members{"b64": true}, nil},
+		{"a jti of 512", nil, members{"jti": strings.Repeat("x", 512)}},
+		{"a jti of anything", nil, members{"jti": "\x00\u202e'\"\\ é" + same}},
+		{"claims that nobody knows", nil, members{"scope": "agents:write", "client_id": v.id, "act": members{"sub": v.id}, "cnf": members{}}},
+	} {
+		a := v.byAssertion("", h.sign(h.header().with(row.header), v.assertionClaims(id).with(row.claims)))
+		if a.status != 200 || readClaims(t, a.text("access_token")).Subject != id || a.text("scope") != "a:b" {
+			t.Errorf("%s: answered %v, want a token", row.name, a)
+		}
+	}
+	v.want(v.byAssertion("", h.sign(h.header().without("typ"), v.assertionClaims(id).without("iat"))), 200, "")
+	v.want(v.byAssertion("", h.forge(`{"alg":"none","alg":"ES256"}`, v.assertionClaims(id).String())), 200, "") // the last of two is meant (RFC 7515, section 4)
+	if asked.Load() > 0 {
+		t.Error("a key was fetched from where the header says")
+	}
+
+	// Either s of an ECDSA signature is right: unlike of ours, nobody compares these.
+	for range 8 {
+		signed := encode(h.header().String()) + "." + encode(v.assertionClaims(id).String())
+		sig := h.signature(signed)
+		s := new(big.Int).Sub(orderP256, new(big.Int).SetBytes(sig[32:]))
+		v.want(v.byAssertion("", signed+"."+encode(string(sig[:32])+string(s.FillBytes(make([]byte, 32))))), 200, "")
+		v.want(v.byAssertion("", signed+"."+encode(string(sig))), 401, "invalid_client") // but is the same assertion
+	}
+
+	// Both names of EdDSA are the same algorithm, whichever the key was registered with.
+	for _, alg := range []string{"EdDSA", "Ed25519"} {
+		id, _, h := v.newKeyClient(alg, "a:b")
+		for _, said := range []string{"EdDSA", "Ed25519"} {
+			v.want(v.byAssertion("", h.sign(h.header().with(members{"alg": said}), v.assertionClaims(id))), 200, "")
+		}
+	}
+	// And a jti is the client's own.
+	for range 3 {
+		id, _, h := v.newKeyClient("EdDSA", "a:b")
+		v.want(v.byAssertion("", h.sign(h.header(), v.assertionClaims(id).with(members{"jti": same}))), 200, "")
+		v.want(v.byAssertion("", h.sign(h.header(), v.assertionClaims(id).with(members{"jti": same}))), 401, "invalid_client")
+	}
+}
+
+// Whoever is not let in learns nothing of the client, and of its keys.
+func TestUnsignedAssertionsHaveOneAnswer(t *testing.T) {
+	t.Parallel()
+	v := newService(t, "RATE_LIMIT_PER_MINUTE", "100000")
+	id, credentialID, h := v.newKeyClient("ES256", tokensRead, "a:b")
+	otherID, _, other := v.newKeyClient("ES256", tokensRead)
+	secretID := v.newAgent("a:b")
+	v.quickCredential(secretID)
+	suspendedID, _, _ := v.newKeyClient("ES256", "a:b")
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+suspendedID, `{"status":"suspended"}`), 200, "")
+	goneID, _, _ := v.newKeyClient("ES256", "a:b")
+	v.want(v.api(v.bearer, "DELETE", "/agents/"+goneID, ""), 204, "")
+
+	end := func(do func(path string)) holder { // another key of the same agent, which has ended
+		h := newHolder(t, "ES256")
+		do("/agents/" + id + "/credentials/" + v.want(v.register(id, h.jwk), 201, "").text("credentialId"))
+		return h
+	}
+	revoked := end(func(path string) { v.want(v.api(v.bearer, "DELETE", path, ""), 204, "") })
+	rotated := end(func(path string) {
+		v.want(v.api(v.bearer, "POST", path+"/rotate", members{"publicKey": newHolder(t, "ES256").jwk}.String()), 200, "")
+	})
+	expired := end(func(path string) { v.setExpiry(path[len(path)-36:], time.Now().Add(-time.Second)) })
+	never := newHolder(t, "ES256")
+	kid := func(kid string) members { return h.header().with(members{"kid": kid}) }
+
+	comparable := func(a answer) string {
+		h := a.header.Clone()
+		h.Del("X-Request-Id")
+		h.Del("Date")
+		return fmt.Sprint(a.status, h, a.raw)
+	}
+	for _, way := range []struct{ path, name, value string }{{"", "scope", "a:b"}, {"/introspect", "token", "x"}, {"/revoke", "token", "x"}} {
+		want := ""
+		for name, text := range map[string]string{
+			"a key that is nobody's":                never.sign(never.header(), v.assertionClaims(id)),
+			"another client's key":                  other.sign(other.header(), v.assertionClaims(id)),
+			"another client's key, with its kid":    other.sign(kid(thumbprint(other.jwk)), v.assertionClaims(id)),
+			"the right key for another client":      h.sign(h.header(), v.assertionClaims(otherID)),
+			"the same, with its kid":                h.sign(kid(thumbprint(h.jwk)), v.assertionClaims(otherID)),
+			"a revoked key":                         revoked.sign(revoked.header(), v.assertionClaims(id)),
+			"a revoked key, with its kid":           revoked.sign(kid(thumbprint(revoked.jwk)), v.assertionClaims(id)),
+			"a rotated key":                         rotated.sign(rotated.header(), v.assertionClaims(id)),
+			"an expired key":                        expired.sign(expired.header(), v.assertionClaims(id)),
+			"an expired key, with its kid":          expired.sign(kid(thumbprint(expired.jwk)), v.assertionClaims(id)),
+			"an unknown client":                     h.sign(h.header(), v.assertionClaims(newID())),
+			"no client":                             h.sign(h.header(), v.assertionClaims("x")),
+			"a client of secrets":                   h.sign(h.header(), v.assertionClaims(secretID)),
+			"a suspended client, by another's key":  h.sign(h.header(), v.assertionClaims(suspendedID)),
+			"a client that is gone, by another key": h.sign(h.header(), v.assertionClaims(goneID)),
+			"an unknown kid":                        h.sign(kid("unknown"), v.assertionClaims(id)),
+			"the credential's id as kid":            h.sign(kid(credentialID), v.assertionClaims(id)),
+			"another algorithm":                     h.sign(h.header().with(members{"alg": "RS256"}), v.assertionClaims(id)),
+		} {
+			a := v.byAssertion(way.path, text, way.name, way.value)
+			v.want(a, 401, "invalid_client")
+			if want == "" {
+				want = comparable(a)
+			}
+			if got := comparable(a); got != want {
+				t.Errorf("%s at %q: answered %s, want %s", name, way.path, got, want)
+			}
+		}
+	}
+	v.want(v.byAssertion("", h.sign(kid(thumbprint(h.jwk)), v.assertionClaims(id))), 200, "")
+}
+
+func TestAssertionIsGoodOnce(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	two := v.another()
+	id, _, h := v.newKeyClient("EdDSA", tokensRead, "a:b")
+	paths := []string{"", "/introspect", "/revoke"}
+	for _, first := range paths {
+		text := v.assertion(h, id)
+		v.want(v.byAssertion(first, text, "token", "x"), 200, "")
+		v.rdb.FlushDB(t.Context()) // which is not where it is remembered
+		for _, then := range paths {
+			for _, w := range []*service{v, two} {
+				a := w.byAssertion(then, text, "token", "x")
+				if a.status != 401 || a.code() != "invalid_client" || !strings.Contains(a.text("error_description"), "was used before") {
+					t.Errorf("used at %q, and then at %q: answered %v", first, then, a)
+				}
+			}
+		}
+	}
+	// Another assertion of the same jti is the same, also one that another key has signed.
+	claims := v.assertionClaims(id)
+	v.want(v.byAssertion("", h.sign(h.header(), claims)), 200, "")
+	v.want(v.byAssertion("", h.sign(h.header(), claims.with(members{"exp": time.Now().Unix() + 200}))), 401, "invalid_client")
+	next := newHolder(t, "ES256")
+	v.want(v.register(id, next.jwk), 201, "")
+	v.want(v.byAssertion("", next.sign(next.header(), claims)), 401, "invalid_client")
+	// One that is refused for what it says, or is nobody's, is not used by that.
+	text := v.assertion(h, id)
+	v.want(v.byAssertion("", text, "client_id", newID()), 401, "invalid_client")
+	v.want(v.byAssertion("", text, "client_secret", "x"), 400, "invalid_request")
+	v.want(v.byAssertion("/introspect", newHolder(t, "EdDSA").sign(h.header(), claims.with(members{"jti": readPart(t, text, 1)[8:30]}))), 401, "invalid_client")
+	v.want(v.byAssertion("", text), 200, "")
+}
+
+// At the same instant, at two copies, one is the first.
+func TestAssertionIsUsedByOneOfMany(t *testing.T) {
+	v := newService(t)
+	copies := []*service{v, v.another()}
+	id, _, h := v.newKeyClient("EdDSA", "a:b")
+	want := map[string]int{"200": 1, "401 invalid_client": 5}
+	for range rounds(200, 2000) {
+		text := v.assertion(h, id)
+		if got := tally(6, func(i int) answer { return copies[i%2].byAssertion("", text) }); !maps.Equal(got, want) {
+			t.Fatalf("six uses of one assertion at the same time answered %v, want %v", got, want)
+		}
+	}
+	// Several at the same time, in any order, wait for nobody in a circle.
+	for range rounds(20, 200) {
+		texts := make([]string, 8)
+		for i := range texts {
+			texts[i] = v.assertion(h, id)
+		}
+		got := tally(32, func(i int) answer {
+			text := texts[i%8]
+			if i%2 == 1 {
+				text = texts[7-i/4%8]
+			}
+			return copies[i%2].byAssertion("", text)
+		})
+		if got["200"] > 8 || got["200"]+got["401 invalid_client"] != 32 {
+			t.Fatalf("32 uses of 8 assertions at the same time answered %v, want one 200 of each", got)
+		}
+	}
+	if n := v.count(`select count(*) from audit_events where action = 'token.issued' and agent_id = $1`, id); n > rounds(200, 2000)+8*rounds(20, 200) {
+		t.Errorf("%d tokens were issued", n)
+	}
+}
+
+// An assertion is for client authentication, and nothing else is for that.
+func TestAssertionIsNoToken(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id, _, h := v.newKeyClient("ES256", agentsRead, tokensRead)
+	text := v.assertion(h, id)
+	v.want(v.api(text, "GET", "/agents", ""), 401, "UNAUTHORIZED")
+	v.want(v.bearerForm(text, "/introspect", "token=x"), 401, "invalid_token")
+	v.want(v.bearerForm(text, "/revoke", "token=x"), 401, "invalid_token")
+	if v.active(text) {
+		t.Error("an assertion is introspected as active")
+	}
+	v.want(v.form(v.id, v.secret, "/revoke", "token="+text), 200, "")
+	v.want(v.form(id, text, "", "grant_type=client_credentials"), 401, "invalid_client") // as a secret
+	v.want(v.form("", "", "", "grant_type=client_credentials&client_id="+id+"&client_secret="+text), 401, "invalid_client")
+	v.want(v.form("", "", "", "grant_type=urn:ietf:params:oauth:grant-type:jwt-bearer&assertion="+text), 401, "invalid_client")
+	for _, a := range []answer{
+		v.do("POST", "/api/v1/token?"+url.Values{"client_assertion_type": {assertionType}, "client_assertion": {text}}.Encode(), "grant_type=client_credentials", "Content-Type", formType),
+		v.do("POST", "/api/v1/token", "grant_type=client_credentials", "Content-Type", formType, "Authorization", "Assertion "+text),
+	} {
+		v.want(a, 401, "invalid_client")
+	}
+	v.want(v.byAssertion("", text), 200, "") // none of that has used it
+}
+
+// How a client can't prove itself: twice, by half, or by two ways at once.
+func TestAssertionStandsAlone(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id, _, h := v.newKeyClient("ES256", tokensRead, "a:b")
+	_, secret := v.quickCredential(id)
+	bearer := v.bearerOf(id, tokensRead)
+	text := v.assertion(h, id)
+	for _, way := range []struct{ path, form string }{{"", "grant_type=client_credentials"}, {"/introspect", "token=x"}, {"/revoke", "token=x"}} {
+		both := way.form + "&client_assertion_type=" + url.QueryEscape(assertionType) + "&client_assertion=" + text
+		for name, row := range map[string]struct{ authorization, form string }{
+			"beside Basic":                  {basicAuth(id, secret), both},
+			"beside wrong Basic":            {basicAuth(id, newSecret()), both},
+			"beside Bearer":                 {"Bearer " + bearer, both},
+			"beside an unknown scheme":      {"DPoP " + bearer, both},
+			"beside client_secret":          {"", both + "&client_id=" + id + "&client_secret=" + secret},
+			"beside a secret that is wrong": {"", both + "&client_secret=x"},
+			"without its type":              {"", way.form + "&client_assertion=" + text},
+			"with an empty type":            {"", way.form + "&client_assertion=" + text + "&client_assertion_type="},
+			"of another type":               {"", way.form + "&client_assertion=" + text + "&client_assertion_type=urn:ietf:params:oauth:client-assertion-type:saml2-bearer"},
+			"of its type in upper case":     {"", way.form + "&client_assertion=" + text + "&client_assertion_type=" + strings.ToUpper(assertionType)},
+			"type alone":                    {"", way.form + "&client_assertion_type=" + assertionType},
+			"type alone, and a secret":      {"", way.form + "&client_assertion_type=" + assertionType + "&client_id=" + id + "&client_secret=" + secret},
+			"type alone, and Basic":         {basicAuth(id, secret), way.form + "&client_assertion_type=" + assertionType},
+			"type alone, and Bearer":        {"Bearer " + bearer, way.form + "&client_assertion_type=" + assertionType},
+			"alone, and Basic":              {basicAuth(id, secret), way.form + "&client_assertion=" + text},
+			"empty":                         {"", way.form + "&client_assertion_type=" + assertionType + "&client_assertion="},
+			"twice":                         {"", both + "&client_assertion=" + text},
+			"twice, once empty":             {"", both + "&client_assertion="},
+			"its type twice":                {"", both + "&client_assertion_type=" + assertionType},
+			"and client_id twice":           {"", both + "&client_id=" + id + "&client_id=" + id},
+		} {
+			header := []string{"Content-Type", formType}
+			if row.authorization != "" {
+				header = append(header, "Authorization", row.authorization)
+			}
+			if a := v.do("POST", "/api/v1/token"+way.path, row.form, header...); a.status != 400 || a.code() != "invalid_request" {
+				t.Errorf("an assertion %s at %q: answered %v, want 400 invalid_request", name, way.path, a)
+			}
+		}
+	}
+	a := v.byAssertion("", text, "padding", strings.Repeat("x", 16<<10))
+	v.want(a, 413, "invalid_request")
+	v.want(v.byAssertion("", text, "client_secret", ""), 200, "") // an empty parameter is an absent one (RFC 6749, section 3.2)
+	// A key is no secret, and has none.
+	v.want(v.form(id, h.jwk.String(), "", "grant_type=client_credentials"), 401, "invalid_client")
+	v.want(v.form(id, "", "", "grant_type=client_credentials"), 401, "invalid_client")
+}
+
+// Of a client that doesn't say which, five keys are tried, the newest first.
+func TestKidChoosesAmongTheKeysOfAClient(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id := v.newAgent("a:b")
+	var keys []holder
+	for i := range 7 {
+		h := newHolder(t, []string{"ES256", "EdDSA"}[i%2])
+		h.jwk["kid"] = fmt.Sprint("key ", i/2) // two have the same, but for the last
+		v.want(v.register(id, h.jwk), 201, "")
+		keys = append(keys, h)
+	}
+	strangerID, _, stranger := v.newKeyClient("ES256", "a:b")
+	for i, h := range keys {
+		for name, row := range map[string]struct {
+			header members
+			good   bool
+		}{
+			"without a kid":               {h.header(), i >= 2},
+			"by its thumbprint":           {h.header().with(members{"kid": thumbprint(h.jwk)}), true},
+			"by its name":                 {h.header().with(members{"kid": h.jwk["kid"]}), true},
+			"by another's thumbprint":     {h.header().with(members{"kid": thumbprint(keys[(i+1)%7].jwk)}), false},
+			"by another's name":           {h.header().with(members{"kid": keys[(i+2)%7].jwk["kid"]}), false},
+			"by another agent's":          {h.header().with(members{"kid": thumbprint(stranger.jwk)}), false},
+			"by its name in another case": {h.header().with(members{"kid": strings.ToUpper(h.jwk["kid"].(string))}), false},
+		} {
+			a := v.byAssertion("", h.sign(row.header, v.assertionClaims(id)))
+			if (a.status == 200) != row.good || a.status != 200 && a.status != 401 {
+				t.Errorf("key %d %s: answered %v, want it taken: %v", i, name, a, row.good)
+			}
+		}
+	}
+	// Revoked, a key takes no other's place.
+	list := v.want(v.api(v.bearer, "GET", "/agents/"+id+"/credentials", ""), 200, "").body["data"].([]any)
+	v.want(v.api(v.bearer, "DELETE", "/agents/"+id+"/credentials/"+list[0].(map[string]any)["credentialId"].(string), ""), 204, "")
+	v.want(v.byAssertion("", v.assertion(keys[1], id)), 200, "")
+	v.want(v.byAssertion("", v.assertion(keys[0], id)), 401, "invalid_client")
+	v.want(v.byAssertion("", v.assertion(keys[6], id)), 401, "invalid_client")
+	v.want(v.byAssertion("", v.assertion(stranger, strangerID)), 200, "")
+}
+
+// What ends a secret ends a key: at once, and with the tokens it was traded for.
+func TestKeyEndsAsASecretDoes(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	two := v.another()
+	for _, row := range []struct {
+		name   string
+		end    func(id, credentialID string)
+		status int
+		code   string
+		says   string
+	}{
+		{"revoked", func(id, c string) { v.want(v.api(v.bearer, "DELETE", "/agents/"+id+"/credentials/"+c, ""), 204, "") }, 401, "invalid_client", unsigned},
+		{"rotated", func(id, c string) {
+			v.want(v.api(v.bearer, "POST", "/agents/"+id+"/credentials/"+c+"/rotate", members{"publicKey": newHolder(t, "ES256").jwk}.String()), 200, "")
+		}, 401, "invalid_client", unsigned},
+		{"expired", func(_, c string) { v.setExpiry(c, time.Now()) }, 401, "invalid_client", unsigned},
+		{"suspended", func(id, _ string) {
+			v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"status":"suspended"}`), 200, "")
+		}, 403, "unauthorized_client", "suspended"},
+		{"decommissioned", func(id, _ string) { v.want(v.api(v.bearer, "DELETE", "/agents/"+id, ""), 204, "") }, 403, "unauthorized_client", "decommissioned"},
+	} {
+		id, credentialID, h := v.newKeyClient("EdDSA", tokensRead)
+		token := v.want(two.byAssertion("", v.assertion(h, id)), 200, "").text("access_token")
+		before := v.assertion(h, id)
+		row.end(id, credentialID)
+		for _, w := range []*service{v, two} {
+			for _, path := range []string{"", "/introspect", "/revoke"} {
+				for _, text := range []string{before, v.assertion(h, id), h.sign(h.header().with(members{"kid": thumbprint(h.jwk)}), v.assertionClaims(id))} {
+					a := w.byAssertion(path, text, "token", token)
+					if a.status != row.status || a.code() != row.code || !strings.Contains(a.text("error_description"), row.says) {
+						t.Errorf("%s, at %q: answered %v, want %d %s", row.name, path, a, row.status, row.code)
+					}
+				}
+			}
+			if w.active(token) {
+				t.Errorf("%s: the token is active", row.name)
+			}
+		}
+		if row.name == "suspended" { // what was refused was not used
+			v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"status":"active"}`), 200, "")
+			v.want(v.byAssertion("", before), 200, "")
+		}
+	}
+}
+
+// While a request waits for the log its key may end.
+func TestKeyThatEndsWhileItsRequestWaitsGivesNothing(t *testing.T) {
+	t.Parallel()
+	p := newCutter(t)
+	q := p.another()
+	for _, end := range []string{"revoked", "rotated", "suspended"} {
+		id, credentialID, h := p.newKeyClient("ES256", tokensRead)
+		texts := []string{p.assertion(h, id), p.assertion(h, id)}
+		next := members{"publicKey": newHolder(t, "ES256").jwk}.String()
+		tx := p.lockChain()
+		cut, token, known := make(chan answer, 1), make(chan answer, 1), make(chan answer, 1)
+		go func() {
+			path := "/agents/" + id
+			switch end {
+			case "revoked":
+				cut <- p.api(p.bearer, "DELETE", path+"/credentials/"+credentialID, "")
+			case "rotated":
+				cut <- p.api(p.bearer, "POST", path+"/credentials/"+credentialID+"/rotate", next)
+			case "suspended":
+				cut <- p.api(p.bearer, "PATCH", path, `{"status":"suspended"}`)
+			}
+		}()
+		p.eventually("the cut waits for the chain", func() bool { return p.waiting() == 1 })
+		go func() { token <- q.byAssertion("", texts[0]) }()
+		p.eventually("the request waits behind it", func() bool { return p.waiting() == 2 })
+		go func() { known <- q.byAssertion("/introspect", texts[1], "token", p.bearer) }()
+		p.eventually("both assertions are used", func() bool { return p.count(`select count(*) from token_revocations`) == 2 })
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if a := <-cut; !a.done() {
+			t.Fatalf("%s is answered %v", end, a)
+		}
+		for _, answered := range []chan answer{token, known} {
+			if a := <-answered; a.status != 401 || a.code() != "invalid_client" {
+				t.Errorf("%s meanwhile: answered %v, want 401 invalid_client", end, a)
+			}
+		}
+		p.exec(`delete from token_revocations`)
 	}
 }
