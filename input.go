@@ -36,7 +36,7 @@ func take[T any](in *inputs, name string, read func(any) (T, error)) *T {
 	v, err := read(value)
 	if err != nil {
 		fault := err.Error()
-		if _, object := value.(map[string]any); !object { // which may be a key
+		if _, object := value.(map[string]any); !object && name != "publicKey" { // nor is a private key repeated
 			got, _ := json.Marshal(value)
 			fault += "; it was " + clip(string(got))
 		}

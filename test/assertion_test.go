@@ -1,6 +1,7 @@
 package test
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -20,9 +21,11 @@ import (
 	"hash"
 	"maps"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -929,4 +932,460 @@ func TestKeyThatEndsWhileItsRequestWaitsGivesNothing(t *testing.T) {
 		}
 		p.exec(`delete from token_revocations`)
 	}
+}
+
+// What may not be registered as a key, and what the answer says of it. No private half
+// comes back, nor gets into the log, which TestMain searches for canaries.
+func TestBadKeysAreRefused(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id := v.newAgent("a:b")
+	_, secret := v.quickCredential(id)
+	number := base64.RawURLEncoding.EncodeToString
+	ec, okp := newHolder(t, "ES256").jwk.without("alg"), newHolder(t, "EdDSA").jwk.without("alg")
+	odd := func(bits int) string { // an odd number of just as many bits
+		b := make([]byte, (bits+7)/8)
+		rand.Read(b)
+		n := new(big.Int).SetBytes(b)
+		n.SetBit(n.Rsh(n, uint(8*len(b)-bits)), bits-1, 1)
+		return number(n.SetBit(n, 0, 1).Bytes())
+	}
+	rsaKey := members{"kty": "RSA", "n": odd(2048), "e": "AQAB"}
+	bytesOf := func(text any) []byte {
+		b, err := base64.RawURLEncoding.DecodeString(text.(string))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	curve := func(c elliptic.Curve) members {
+		key, err := ecdsa.GenerateKey(c, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return publicJWK(key.Public())
+	}
+	beside := bytesOf(ec["y"])
+	beside[31] ^= 1
+	even := bytesOf(rsaKey["n"])
+	even[255] &^= 1
+	x := bytesOf(ec["x"])
+	const notKey, isPrivate, numbers, kinds = "must be a public key as a JWK", "has the private member ", "must have its numbers in base64url", "must be of RSA, P-256 or Ed25519"
+	const rsaSays, point = "must have an odd n of 2048 to 8192 bits", "must have x and y of 32 bytes each, which are a point of P-256"
+	type row struct {
+		name  string
+		key   any
+		fault string
+	}
+	rows := []row{
+		{"null", nil, notKey}, {"a text", "canary", notKey}, {"an array", []members{ec}, notKey}, {"a number", 1, notKey}, {"true", true, notKey}, {"a JWK as text", ec.String(), notKey},
+		{"a private PEM", "-----BEGIN PRIVATE KEY-----\ncanary\n-----END PRIVATE KEY-----\n", notKey}, {"a private JWK as text", ec.with(members{"d": "canary"}).String(), notKey},
+		{"a private JWK in an array", []members{ec.with(members{"d": "canary"})}, notKey}, {"an empty object", members{}, kinds},
+		{"a set of keys", members{"keys": []members{ec}}, kinds}, {"a set of private keys", members{"keys": []members{ec.with(members{"d": "canary"})}}, kinds},
+		{"oct", members{"kty": "oct", "k": number([]byte("canary"))}, isPrivate + "k"}, {"oct without k", members{"kty": "oct"}, kinds}, {"no kty", ec.without("kty"), kinds},
+		{"kty in lower case", ec.with(members{"kty": "ec"}), kinds}, {"kty of another", ec.with(members{"kty": "RSA"}), kinds}, {"OKP of EC", ec.with(members{"kty": "OKP"}), kinds},
+		{"crv of another", ec.with(members{"crv": "P-384"}), kinds}, {"Ed25519 of EC", ec.with(members{"crv": "Ed25519"}), kinds}, {"no crv", ec.without("crv"), kinds}, {"crv null", ec.with(members{"crv": nil}), kinds},
+		{"RSA with a crv", rsaKey.with(members{"crv": "P-256"}), kinds}, {"kty with a space", members{"kty": "RSA ", "n": rsaKey["n"], "e": "AQAB"}, kinds},
+		{"P-224", curve(elliptic.P224()), kinds}, {"P-384", curve(elliptic.P384()), kinds}, {"P-521", curve(elliptic.P521()), kinds}, {"secp256k1", ec.with(members{"crv": "secp256k1"}), kinds},
+		{"Ed448", okp.with(members{"crv": "Ed448"}), kinds}, {"X25519", okp.with(members{"crv": "X25519"}), kinds}, {"AKP", members{"kty": "AKP", "alg": "ML-DSA-44", "pub": "AAAA"}, kinds},
+		{"kty as number", ec.with(members{"kty": 1}), "must have text as its kty"}, {"x as number", ec.with(members{"x": 1}), "must have text as its x"}, {"kid as number", ec.with(members{"kid": 1}), "must have text as its kid"},
+		{"alg as array", ec.with(members{"alg": []string{"ES256"}}), "must have text as its alg"}, {"n as array", rsaKey.with(members{"n": []int{1}}), "must have text as its n"},
+		{"use enc", ec.with(members{"use": "enc"}), "its use is another"}, {"use empty", ec.with(members{"use": ""}), "its use is another"}, {"use in upper case", ec.with(members{"use": "SIG"}), "its use is another"},
+		{"use as array", ec.with(members{"use": []string{"sig"}}), "its use is another"}, {"key_ops sign", ec.with(members{"key_ops": []string{"sign"}}), "key_ops lack that"}, {"no key_ops", ec.with(members{"key_ops": []string{}}), "key_ops lack that"},
+		{"key_ops of encryption", ec.with(members{"key_ops": []string{"encrypt", "wrapKey"}}), "key_ops lack that"}, {"key_ops as text", ec.with(members{"key_ops": "verify"}), "key_ops lack that"},
+		{"RS256 for EC", ec.with(members{"alg": "RS256"}), "must have one of ES256"}, {"ES256 for RSA", rsaKey.with(members{"alg": "ES256"}), "must have one of RS256, PS256"},
+		{"ES256 for Ed25519", okp.with(members{"alg": "ES256"}), "must have one of EdDSA, Ed25519"}, {"RS512", rsaKey.with(members{"alg": "RS512"}), "must have one of RS256"}, {"RSA-OAEP", rsaKey.with(members{"alg": "RSA-OAEP"}), "must have one of RS256"},
+		{"HS256 for RSA", rsaKey.with(members{"alg": "HS256"}), "must have one of RS256"}, {"none", ec.with(members{"alg": "none"}), "must have one of ES256"}, {"alg in lower case", ec.with(members{"alg": "es256"}), "must have one of ES256"},
+		{"kid with a control character", ec.with(members{"kid": "a\x1b[2J"}), "must have a kid of"}, {"kid with NUL", ec.with(members{"kid": "a\x00"}), "must have a kid of"}, {"kid with a newline", ec.with(members{"kid": "a\n"}), "must have a kid of"},
+		{"kid beyond ASCII", ec.with(members{"kid": "schlüssel"}), "must have a kid of"}, {"kid of 201", ec.with(members{"kid": strings.Repeat("a", 201)}), "must have a kid of"}, {"kid with half a surrogate", ec.with(members{"kid": json.RawMessage(`"\ud800"`)}), "must have a kid of"},
+
+		{"a point off the curve", ec.with(members{"y": number(beside)}), point}, {"x and y swapped", ec.with(members{"x": ec["y"], "y": ec["x"]}), point}, {"the point at infinity", ec.with(members{"x": number(make([]byte, 32)), "y": number(make([]byte, 32))}), point},
+		{"x of 31 bytes", ec.with(members{"x": number(x[:31])}), point}, {"x of 33 bytes", ec.with(members{"x": number(append([]byte{0}, x...))}), point}, {"a byte of x in y", ec.with(members{"x": number(x[:31]), "y": number(append(x[31:32:32], bytesOf(ec["y"])...))}), point},
+		{"no x", ec.without("x"), point}, {"no y", ec.without("y"), point}, {"x empty", ec.with(members{"x": ""}), point}, {"x beyond the prime", ec.with(members{"x": number(bytes.Repeat([]byte{0xff}, 32))}), point},
+		{"x with padding", ec.with(members{"x": ec["x"].(string) + "="}), numbers}, {"x in hex", ec.with(members{"x": fmt.Sprintf("%x+", x)}), numbers}, {"x with a newline", ec.with(members{"x": ec["x"].(string) + "\n"}), numbers},
+		{"x with spare bits", ec.with(members{"x": ec["x"].(string)[:42] + "B"}), numbers}, {"standard base64", okp.with(members{"x": "+/" + okp["x"].(string)[2:]}), numbers},
+		{"Ed25519 of 31 bytes", okp.with(members{"x": number(x[:31])}), "must have an x of 32 bytes"}, {"Ed25519 of 33 bytes", okp.with(members{"x": number(append([]byte{0}, x...))}), "must have an x of 32 bytes"}, {"Ed25519 without x", okp.without("x"), "must have an x of 32 bytes"},
+		{"RSA of 1024 bits", rsaKey.with(members{"n": odd(1024)}), rsaSays}, {"RSA of 2047 bits", rsaKey.with(members{"n": odd(2047)}), rsaSays}, {"RSA of 8193 bits", rsaKey.with(members{"n": odd(8193)}), rsaSays},
+		{"RSA of 8200 bits", rsaKey.with(members{"n": odd(8200)}), rsaSays}, {"RSA of 60000 bits", rsaKey.with(members{"n": odd(60000)}), rsaSays}, {"RSA of an even n", rsaKey.with(members{"n": number(even)}), rsaSays},
+		{"RSA of a power of two", rsaKey.with(members{"n": number(append([]byte{0x80}, make([]byte, 255)...))}), rsaSays}, {"a zero before n", rsaKey.with(members{"n": number(append([]byte{0}, bytesOf(rsaKey["n"])...))}), rsaSays},
+		{"a zero before e", rsaKey.with(members{"e": "AAEAAQ"}), rsaSays}, {"no n", rsaKey.without("n"), rsaSays}, {"no e", rsaKey.without("e"), rsaSays}, {"e 0", rsaKey.with(members{"e": "AA"}), rsaSays}, {"e 1", rsaKey.with(members{"e": "AQ"}), rsaSays},
+		{"e 3", rsaKey.with(members{"e": "Aw"}), rsaSays}, {"e 65536", rsaKey.with(members{"e": "AQAA"}), rsaSays}, {"e 65538", rsaKey.with(members{"e": "AQAC"}), rsaSays}, {"e of 2^31 and more", rsaKey.with(members{"e": number([]byte{0x80, 0, 0, 1})}), rsaSays},
+		{"e of 33 bits", rsaKey.with(members{"e": number([]byte{1, 0, 1, 0, 1})}), rsaSays}, {"e of 2^64 + 65537", rsaKey.with(members{"e": number([]byte{1, 0, 0, 0, 0, 0, 1, 0, 1})}), rsaSays}, {"e as long as n", rsaKey.with(members{"e": rsaKey["n"]}), rsaSays},
+		{"e as number", rsaKey.with(members{"e": 65537}), "must have text as its e"},
+	}
+	for _, name := range []string{"d", "p", "q", "dp", "dq", "qi", "oth", "k"} {
+		for _, value := range []any{"canary", "", nil, 1, []string{"canary"}} {
+			for _, key := range []members{ec, okp, rsaKey} {
+				rows = append(rows, row{fmt.Sprintf("%s with %s %v", key["kty"], name, value), key.with(members{name: value}), isPrivate + name})
+			}
+		}
+	}
+	list := "/agents/" + id + "/credentials"
+	own := v.want(v.register(id, newHolder(t, "ES256").jwk), 201, "").text("credentialId")
+	for _, row := range rows {
+		for _, path := range []string{list, list + "/" + own + "/rotate"} {
+			a := v.api(v.bearer, "POST", path, members{"publicKey": row.key}.String())
+			details, _ := a.body["details"].(map[string]any)
+			fault, _ := details["publicKey"].(string)
+			if a.status != 400 || a.code() != "VALIDATION_ERROR" || len(details) != 1 || !strings.Contains(fault, row.fault) {
+				t.Errorf("%s: answered %v, want 400 and that it %q", row.name, a, row.fault)
+			}
+			if strings.Contains(a.raw, "canary") || strings.Contains(a.raw, number([]byte("canary"))) || strings.Contains(a.raw, "PRIVATE KEY") {
+				t.Errorf("%s: the answer repeats it: %s", row.name, a.raw)
+			}
+		}
+	}
+	for name, body := range map[string]string{
+		"publicKey twice":   `{"publicKey":` + ec.String() + `,"publicKey":` + okp.String() + `}`,
+		"another case":      `{"PublicKey":` + ec.String() + `}`,
+		"as the whole body": ec.String(),
+		"a secret beside":   `{"publicKey":` + ec.String() + `,"clientSecret":"` + secret + `"}`,
+		"kind beside":       `{"publicKey":` + ec.String() + `,"kind":"key"}`,
+		"a bad expiry":      `{"publicKey":` + ec.String() + `,"expiresAt":"2020-01-01T00:00:00Z"}`,
+	} {
+		if a := v.api(v.bearer, "POST", list, body); a.status != 400 || a.code() != "VALIDATION_ERROR" || strings.Contains(a.raw, secret) {
+			t.Errorf("%s: answered %v, want 400", name, a)
+		}
+	}
+	if n := v.count(`select count(*) from credentials where client_id = $1`, id); n != 2 {
+		t.Errorf("the agent has %d credentials, want the 2 that were good", n)
+	}
+	if n := v.count(`select count(*) from audit_events where metadata::text like '%canary%'`); n != 0 {
+		t.Errorf("%d events have a private half", n)
+	}
+}
+
+// What else a JWK may have is left out, and what is stored is only what is public.
+func TestKeyIsShownByItsThumbprint(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id := v.newAgent("a:b")
+	expires := time.Now().Add(time.Hour).UTC().Truncate(time.Second).Format("2006-01-02T15:04:05.000Z")
+	for _, alg := range []string{"RS256", "PS256", "ES256", "EdDSA", "Ed25519"} {
+		h := newHolder(t, alg)
+		key := h.jwk.with(members{"use": "sig", "key_ops": []string{"sign", "verify"}, "x5t": "AAAA", "x5c": []string{"AAAA"}, "ext": true, "kid": alg, "priv": "unknown"})
+		if alg == "ES256" { // which needn't say so
+			key = key.without("alg").with(members{"kid": nil, "use": nil, "key_ops": nil})
+		}
+		a := v.want(v.api(v.bearer, "POST", "/agents/"+id+"/credentials", members{"publicKey": key, "expiresAt": expires}.String()), 201, "")
+		_, secret := a.body["clientSecret"]
+		prefix, hasPrefix := a.body["secretPrefix"]
+		if a.text("kind") != "key" || a.text("keyThumbprint") != thumbprint(h.jwk) || a.text("expiresAt") != expires || a.text("clientId") != id || secret || !hasPrefix || prefix != nil ||
+			strings.Contains(a.raw, "sk_live_") || strings.Contains(a.raw, "unknown") {
+			t.Errorf("%s: a key is registered as %v", alg, a)
+		}
+		listed := v.want(v.api(v.bearer, "GET", "/agents/"+id+"/credentials?limit=1", ""), 200, "").body["data"].([]any)[0]
+		if !reflect.DeepEqual(listed, any(a.body)) {
+			t.Errorf("%s: it is listed as %v, and was %v", alg, listed, a.body)
+		}
+		e := v.audit("limit=1&action=" + credentialGenerated).Data[0]
+		if e.fact("credentialId") != a.text("credentialId") || e.fact("keyThumbprint") != thumbprint(h.jwk) || idText(e.AgentID) != id || idText(e.ActorID) != v.id || e.Outcome != "success" {
+			t.Errorf("%s: the event is %+v %s", alg, e, e.Metadata)
+		}
+		if n := v.count(`select count(*) from credentials where credential_id = $1 and (public_key::text like '%unknown%' or public_key::text like '%x5c%' or secret_hash <> '')`, a.text("credentialId")); n != 0 {
+			t.Errorf("%s: more is stored than the key", alg)
+		}
+		a = v.want(v.byAssertion("", v.assertion(h, id)), 200, "")
+		if c := readClaims(t, a.text("access_token")); c.CredentialID != listed.(map[string]any)["credentialId"] || c.Expires > time.Now().Add(time.Hour).Unix() {
+			t.Errorf("%s: its token has %+v", alg, c)
+		}
+		e = v.audit("limit=1&action=" + tokenIssued + "&agentId=" + id).Data[0]
+		if e.fact("credentialId") != listed.(map[string]any)["credentialId"] || e.fact("jti") == "" {
+			t.Errorf("%s: the token's event is %s", alg, e.Metadata)
+		}
+	}
+	// A secret is as it was.
+	credentialID, secret := v.newCredential(id)
+	listed := v.want(v.api(v.bearer, "GET", "/agents/"+id+"/credentials?limit=1", ""), 200, "").body["data"].([]any)[0].(map[string]any)
+	thumb, has := listed["keyThumbprint"]
+	if listed["credentialId"] != credentialID || listed["kind"] != "secret" || !has || thumb != nil || listed["secretPrefix"] != secret[8:24] {
+		t.Errorf("a secret is listed as %v", listed)
+	}
+	if e := v.audit("limit=1&action=" + credentialGenerated).Data[0]; e.fact("keyThumbprint") != "" {
+		t.Errorf("the event of a secret is %s", e.Metadata)
+	}
+}
+
+// A key is that of one living credential.
+func TestKeyHasOneCredential(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	two := v.another()
+	taken := func(what string, a answer) {
+		t.Helper()
+		if a.status != 409 || a.code() != "KEY_ALREADY_REGISTERED" {
+			t.Errorf("%s: answered %v, want 409 KEY_ALREADY_REGISTERED", what, a)
+		}
+	}
+	one, other, h := v.newAgent("a:b"), v.newAgent("a:b"), newHolder(t, "RS256")
+	credentialID := v.want(v.register(one, h.jwk), 201, "").text("credentialId")
+	path := "/agents/" + one + "/credentials/" + credentialID
+	taken("the same key again", v.register(one, h.jwk))
+	taken("the same key by another name, for another algorithm", v.register(one, h.jwk.with(members{"kid": "another", "alg": "PS256"})))
+	taken("another agent's key", v.register(other, h.jwk))
+	taken("another agent's key with what makes none", v.register(other, h.jwk.with(members{"x": "AAAA", "y": "AAAA"})))
+	taken("rotated to itself", v.api(v.bearer, "POST", path+"/rotate", members{"publicKey": h.jwk}.String()))
+	second := v.want(v.register(one, newHolder(t, "ES256").jwk), 201, "").text("credentialId")
+	taken("rotated to the one beside it", v.api(v.bearer, "POST", "/agents/"+one+"/credentials/"+second+"/rotate", members{"publicKey": h.jwk}.String()))
+	if e := v.audit("limit=1&action=" + credentialRotated).Data[0]; e.Outcome != "failure" || e.fact("reason") != "KEY_ALREADY_REGISTERED" {
+		t.Errorf("the refusal is recorded as %+v %s", e, e.Metadata)
+	}
+	v.want(v.byAssertion("", v.assertion(h, one)), 200, "")
+	v.want(v.byAssertion("", v.assertion(h, other)), 401, "invalid_client")
+
+	// Once revoked, it may be anybody's, who then is the only one.
+	v.want(v.api(v.bearer, "DELETE", path, ""), 204, "")
+	v.want(v.register(other, h.jwk), 201, "")
+	v.want(v.byAssertion("", v.assertion(h, other)), 200, "")
+	v.want(v.byAssertion("", v.assertion(h, one)), 401, "invalid_client")
+	taken("a key that has another by now", v.register(one, h.jwk))
+	v.want(v.api(v.bearer, "DELETE", "/agents/"+other, ""), 204, "")
+	v.want(v.register(one, h.jwk), 201, "")
+
+	other = v.newAgent("a:b")
+	for range rounds(20, 200) {
+		key := newHolder(t, "EdDSA").jwk
+		got := tally(4, func(i int) answer {
+			return []*service{v, two}[i%2].register([]string{one, other, v.id, one}[i], key)
+		})
+		if got["201"] != 1 || got["409 KEY_ALREADY_REGISTERED"] != 3 {
+			t.Fatalf("a key that is registered four times at the same instant is answered %v, want one 201", got)
+		}
+	}
+}
+
+func TestKeyIsRotatedToAnother(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id, credentialID, h := v.newKeyClient("ES256", tokensRead)
+	secretID, secret := v.quickCredential(id)
+	path := "/agents/" + id + "/credentials/"
+	token, bySecret := v.want(v.byAssertion("", v.assertion(h, id)), 200, "").text("access_token"), v.token(id, secret, "")
+	next := newHolder(t, "EdDSA")
+	body := members{"publicKey": next.jwk}.String()
+	for name, a := range map[string]answer{
+		"a key to nothing":    v.api(v.bearer, "POST", path+credentialID+"/rotate", "{}"),
+		"a key to a secret":   v.api(v.bearer, "POST", path+credentialID+"/rotate", `{"expiresAt":"2999-01-01T00:00:00Z"}`),
+		"a secret to a key":   v.api(v.bearer, "POST", path+secretID+"/rotate", body),
+		"a key to no key":     v.api(v.bearer, "POST", path+credentialID+"/rotate", `{"publicKey":null}`),
+		"a secret to no key":  v.api(v.bearer, "POST", path+secretID+"/rotate", `{"publicKey":null}`),
+		"a key to a bad key":  v.api(v.bearer, "POST", path+credentialID+"/rotate", `{"publicKey":{"kty":"EC"}}`),
+		"a key to a PEM text": v.api(v.bearer, "POST", path+credentialID+"/rotate", members{"publicKey": pkix(t, next.private.Public())}.String()),
+	} {
+		if a.status != 400 || detailNames(a) != "publicKey" || strings.Contains(a.raw, "sk_live_") {
+			t.Errorf("%s: answered %v, want 400 that names publicKey", name, a)
+		}
+	}
+	if !v.active(token) || !v.active(bySecret) {
+		t.Error("a refused rotation ends a token")
+	}
+	a := v.want(v.api(v.bearer, "POST", path+credentialID+"/rotate", body), 200, "")
+	if a.text("credentialId") != credentialID || a.text("keyThumbprint") != thumbprint(next.jwk) || a.text("kind") != "key" || a.body["secretPrefix"] != nil || a.body["clientSecret"] != nil {
+		t.Errorf("it is rotated to %v", a)
+	}
+	if v.active(token) || !v.active(bySecret) {
+		t.Error("the old key's token is active, or the one beside it isn't")
+	}
+	v.want(v.byAssertion("", v.assertion(h, id)), 401, "invalid_client")
+	v.want(v.byAssertion("", h.sign(h.header().with(members{"kid": thumbprint(h.jwk)}), v.assertionClaims(id))), 401, "invalid_client")
+	v.want(v.byAssertion("", v.assertion(next, id)), 200, "")
+	e := v.audit("limit=1&action=" + credentialRotated).Data[0]
+	if e.fact("credentialId") != credentialID || e.fact("keyThumbprint") != thumbprint(next.jwk) || e.Outcome != "success" {
+		t.Errorf("the event is %s", e.Metadata)
+	}
+	// The old one is free, and may come back.
+	v.want(v.register(v.newAgent("a:b"), h.jwk), 201, "")
+	v.want(v.api(v.bearer, "POST", path+secretID+"/rotate", "{}"), 200, "")
+	v.want(v.api(v.bearer, "DELETE", path+credentialID, ""), 204, "")
+	v.want(v.api(v.bearer, "POST", path+credentialID+"/rotate", members{"publicKey": newHolder(t, "ES256").jwk}.String()), 409, "CREDENTIAL_ALREADY_REVOKED")
+}
+
+// A refusal is an event of the agent that was claimed, with the reason.
+func TestRefusedAssertionsAreRecorded(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id, _, h := v.newKeyClient("ES256", "a:b")
+	suspended, _, its := v.newKeyClient("ES256", "a:b")
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+suspended, `{"status":"suspended"}`), 200, "")
+	used := v.assertion(h, id)
+	v.want(v.byAssertion("", used), 200, "")
+	for _, row := range []struct{ name, text, agent, reason string }{
+		{"another key", newHolder(t, "ES256").sign(h.header(), v.assertionClaims(id)), id, "invalid_client"},
+		{"replay", used, id, "invalid_client"},
+		{"suspended", v.assertion(its, suspended), suspended, "unauthorized_client"},
+		{"no id", h.sign(h.header(), v.assertionClaims("' or 1=1 --")), "", "invalid_client"},
+		{"no JWT", "canary", "", "invalid_client"},
+		{"for another", h.sign(h.header(), v.assertionClaims(id).with(members{"aud": "https://evil.example.com"})), "", "invalid_client"},
+	} {
+		before := v.count(`select max(seq) from audit_events`)
+		a := v.byAssertion("", row.text)
+		events := v.audit("limit=1&action=" + authFailed)
+		if len(events.Data) != 1 {
+			t.Fatalf("%s: no event", row.name)
+		}
+		e := events.Data[0]
+		if e.Seq <= int64(before) || idText(e.AgentID) != row.agent || e.ActorID != nil || e.fact("reason") != row.reason || e.Outcome != "failure" || a.code() != row.reason {
+			t.Errorf("%s: answered %v, and recorded as %+v %s", row.name, a, e, e.Metadata)
+		}
+	}
+}
+
+// Who knows a client, or has seen an assertion on its way, can't lock the client out.
+func TestWrongAssertionsCountForTheAddressOnly(t *testing.T) {
+	t.Parallel()
+	const limit = 6
+	v := newService(t, "RATE_LIMIT_PER_MINUTE", fmt.Sprint(limit), "TRUSTED_PROXIES", "127.0.0.0/8")
+	id, _, h := v.newKeyClient("ES256", "a:b")
+	used := v.assertion(h, id)
+	v.want(v.byAssertion("", used), 200, "")
+	suspended, _, its := v.newKeyClient("ES256", "a:b")
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+suspended, `{"status":"suspended"}`), 200, "")
+	from := func(address, text string) answer {
+		return v.do("POST", "/api/v1/token", url.Values{"grant_type": {"client_credentials"}, "client_assertion_type": {assertionType}, "client_assertion": {text}}.Encode(),
+			"Content-Type", formType, "X-Forwarded-For", address)
+	}
+	for i, row := range []struct {
+		name   string
+		text   func() string
+		status int
+	}{
+		{"another key", func() string { return newHolder(t, "EdDSA").sign(h.header(), v.assertionClaims(id)) }, 401},
+		{"replay", func() string { return used }, 401},
+		{"no JWT", func() string { return "x" }, 401},
+		{"an unknown client", func() string { return h.sign(h.header(), v.assertionClaims(newID())) }, 401},
+		{"expired", func() string { return h.sign(h.header(), v.assertionClaims(id).with(members{"exp": 1})) }, 401},
+		{"suspended", func() string { return v.assertion(its, suspended) }, 403},
+	} {
+		v.withinAMinute(func(int64, time.Duration) {
+			v.forget()
+			address, other := fmt.Sprintf("203.0.113.%d", 2*i+1), fmt.Sprintf("203.0.113.%d", 2*i+2)
+			if got := atOnce(3*limit, func(int) answer { return from(address, row.text()) }); got[row.status] != limit || got[429] != 2*limit {
+				t.Errorf("%s: %d at once answered %v, want %d refused and the rest 429", row.name, 3*limit, got, limit)
+			}
+			if a := from(address, row.text()); a.status != 429 || a.code() != "temporarily_unavailable" || a.number(t, "Retry-After") < 1 {
+				t.Errorf("%s: one too many is answered %v", row.name, a)
+			}
+			if a := from(other, row.text()); a.status != row.status {
+				t.Errorf("%s: from another address it is answered %v, want %d", row.name, a, row.status)
+			}
+			if n := v.counted("client:" + id); n != 0 {
+				t.Errorf("%s: they count for the client: %d", row.name, n)
+			}
+			// The client itself is let in from that very address, as often as it may.
+			if got := atOnce(2*limit, func(int) answer { return from(address, v.assertion(h, id)) }); got[200] != limit || got[429] != limit {
+				t.Errorf("%s: then the client's own are answered %v, want %d tokens", row.name, got, limit)
+			}
+		})
+	}
+}
+
+// Without PostgreSQL there is no token, and afterwards at most one.
+func TestAssertionWithoutPostgreSQL(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"DATABASE_URL": newDatabase(t)}
+	proxy := proxyDatabase(t, env)
+	v := newService(t, "DATABASE_URL", env["DATABASE_URL"])
+	id, _, h := v.newKeyClient("ES256", tokensRead)
+	for _, mode := range []proxyMode{refusing, swallowing} {
+		var texts []string
+		for range 6 {
+			texts = append(texts, v.assertion(h, id))
+		}
+		proxy.set(mode)
+		got := tally(6, func(i int) answer {
+			a := v.byAssertion([]string{"", "/introspect", "/revoke"}[i%3], texts[i], "token", "x")
+			if a.header.Get("Retry-After") == "" || a.text("access_token") != "" {
+				t.Errorf("without PostgreSQL: answered %v", a)
+			}
+			return a
+		})
+		if got["503 temporarily_unavailable"] != 6 {
+			t.Errorf("without PostgreSQL: answered %v, want six 503", got)
+		}
+		proxy.set(passing)
+		v.eventually("all is well", func() bool { return v.do("GET", "/health", "").text("status") == "ok" })
+		for _, text := range texts {
+			got := tally(4, func(int) answer { return v.byAssertion("", text) })
+			if got["200"] > 1 || got["200"]+got["401 invalid_client"] != 4 {
+				t.Errorf("afterwards: answered %v, want one token at most", got)
+			}
+			if mode == refusing && got["200"] != 1 { // it can't have got there
+				t.Errorf("afterwards: answered %v, want one token", got)
+			}
+		}
+	}
+	// What can't be recorded is no token, and the assertion is then used.
+	allow := v.refuseEvents()
+	text := v.assertion(h, id)
+	v.want(v.byAssertion("", text), 503, "temporarily_unavailable")
+	allow()
+	v.eventually("all is well", func() bool { return v.do("GET", "/health", "").text("status") == "ok" })
+	v.want(v.byAssertion("", text), 401, "invalid_client")
+	v.want(v.byAssertion("", v.assertion(h, id)), 200, "")
+}
+
+// No accident makes a token of what isn't an assertion of the client's, nor a fault of ours.
+func TestChangedAssertionGivesNothing(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id, _, h := v.newKeyClient("ES256", "a:b")
+	random := mathrand.New(mathrand.NewPCG(1, 2))
+	value := func() any { // that no claim and no header may have
+		return []any{nil, "", 0, -1, 1e300, true, []any{}, []any{hostileText(random), 1}, members{}, members{"a": []any{nil}}, json.RawMessage("1e999"), -time.Now().Unix()}[random.IntN(12)]
+	}
+	text := func() any { // that is none where there is but one that is right
+		return []any{hostileText(random), newID(), json.RawMessage(`"\ud800"`), strings.Repeat("é", 300), "ES256\x00"}[random.IntN(5)]
+	}
+	pick := func(names ...string) string { return names[random.IntN(len(names))] }
+	change := func(text string) string {
+		at := random.IntN(len(text))
+		to := min(len(text), at+1+random.IntN(4))
+		switch random.IntN(6) {
+		case 0:
+			return text[:at] + hostileText(random) + text[to:]
+		case 1:
+			return text[:at] + string(rune(33+random.IntN(94))) + text[at+1:]
+		case 2:
+			return text[:at]
+		case 3:
+			return text[:at] + text[to:]
+		case 4:
+			return text[:to] + text[at:]
+		}
+		parts, other := strings.Split(text, "."), strings.Split(v.assertion(h, id), ".") // a part of another
+		parts[random.IntN(len(parts))] = other[random.IntN(3)]
+		return strings.Join(parts, ".")
+	}
+	for i := range rounds(1500, 30000) {
+		good := v.assertion(h, id)
+		before, sig, _ := cutLast(good, ".")
+		sent := good
+		switch i % 3 {
+		case 0:
+			for sent == good {
+				sent = change(good)
+			}
+		case 1:
+			for sent == good {
+				sent = change(before) + "." + sig
+			}
+		case 2: // signed by the right key
+			header, claims := h.header(), v.assertionClaims(id)
+			switch random.IntN(4) {
+			case 0:
+				header = header.with(members{pick("alg", "typ", "crit", "kid"): value()})
+			case 1:
+				header = header.with(members{pick("alg", "typ", "crit", "kid"): text()})
+			case 2:
+				claims = claims.with(members{pick("iss", "sub", "aud", "exp", "jti"): value()})
+			case 3:
+				claims = claims.with(members{pick("iss", "sub", "aud", "exp"): text()})
+			}
+			sent = h.sign(header, claims)
+		}
+		if a := v.byAssertion("", sent); a.status != 401 && (a.status != 400 || sent != "") || a.code() != "invalid_client" && sent != "" {
+			t.Fatalf("round %d: %q is answered %v, want 401 invalid_client", i, sent, a)
+		}
+	}
+	v.want(v.byAssertion("", v.assertion(h, id)), 200, "")
 }
