@@ -716,6 +716,99 @@ func TestDevelopersPagesCanBePasted(t *testing.T) {
 	}
 }
 
+// A developer pastes what makes, registers and changes a key; the program in Go then signs with it.
+func TestKeysPageCanBePasted(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	program, err := builtProgram()
+	if err != nil {
+		t.Fatal(err)
+	}
+	folder, id := t.TempDir(), v.newAgent("resumes:read")
+	var script strings.Builder
+	blocks := runBlocks(t, "../developers/keys.md")
+	for _, b := range blocks {
+		script.WriteString(b.text)
+	}
+	page := readFile(t, "docs/developers/keys.md")
+	for _, name := range []string{"assertion.go", "token.go"} {
+		source := regexp.MustCompile("(?s)\n```go\n(// " + regexp.QuoteMeta(name) + "\n.*?)\n```\n").FindStringSubmatch(page)
+		if source == nil {
+			t.Fatalf("keys.md has no %s", name)
+		}
+		err = errors.Join(err, os.WriteFile(filepath.Join(folder, name), []byte(source[1]), 0o600))
+	}
+	if err = errors.Join(err, os.Mkdir(folder+"/bin", 0o700), os.Symlink(program, folder+"/bin/agentidp")); err != nil {
+		t.Fatal(err)
+	}
+	run := func(command string, env ...string) (string, error) {
+		cmd := exec.Command("sh", "-euc", command)
+		cmd.Dir = folder
+		cmd.Env = append(os.Environ(), "PATH="+folder+"/bin:"+os.Getenv("PATH"), "BASE="+v.url, "CLIENT_ID="+id, "TOKEN="+v.bearer,
+			"SERVICE=https://resumes.example.com", "GOFLAGS=", "GOWORK=off")
+		cmd.Env = append(cmd.Env, env...)
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	want := regexp.MustCompile(`^(\{"kty":"EC",.*\})\n(\{"credentialId":.*"kind":"key",.*\}\n){2}$`)
+	out, err := run(script.String())
+	printed := want.FindStringSubmatch(out)
+	if err != nil || len(blocks) != 5 || printed == nil {
+		t.Fatalf("keys.md has %d blocks, which print %s, %v, want %s", len(blocks), out, err, want)
+	}
+	path, openssl := "/agents/"+id+"/credentials", `{"publicKey": `+printed[1]+`}`
+	credentialID := v.want(v.api(v.bearer, "POST", path, openssl), 201, "").text("credentialId")
+	v.want(v.api(v.bearer, "POST", path, openssl), 409, "KEY_ALREADY_REGISTERED")
+	v.want(v.api(v.bearer, "POST", path+"/"+credentialID+"/rotate", openssl), 409, "KEY_ALREADY_REGISTERED")
+	if out, err := run("go build -o token token.go assertion.go"); err != nil {
+		t.Fatalf("building the program in Go of keys.md: %v: %s", err, out)
+	}
+	for key, refusal := range map[string]string{"next.pem": "", "openssl.pem": "", "client.pem": "401 Unauthorized: No active key of this client"} { // the last one was revoked
+		out, err := run("./token", "KEY="+key)
+		if refusal == "" && (err != nil || !v.active(strings.TrimSpace(out))) || refusal != "" && (err == nil || !strings.Contains(out, refusal)) {
+			t.Errorf("with %s the program in Go of keys.md prints %s, %v, want a refusal %q", key, out, err, refusal)
+		}
+	}
+}
+
+// What is said of an assertion that isn't right stands in keys.md, and nothing else does.
+func TestKeysPageHasEveryRefusal(t *testing.T) {
+	page := readFile(t, "docs/developers/keys.md")
+	_, table, _ := strings.Cut(page, "\n## What a refusal means\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	var source []string
+	for _, file := range goFiles(t, false) {
+		for _, declared := range file.Decls {
+			f, ok := declared.(*ast.FuncDecl)
+			if !ok || f.Name.Name != "readAssertion" && f.Name.Name != "checkAssertion" {
+				continue
+			}
+			ast.Inspect(f, func(n ast.Node) bool {
+				if call, ok := n.(*ast.CallExpr); ok && len(call.Args) > 0 {
+					first := call.Args[0]
+					for sum, ok := first.(*ast.BinaryExpr); ok; sum, ok = first.(*ast.BinaryExpr) {
+						first = sum.X
+					}
+					text := strings.TrimSuffix(verb.ReplaceAllString(literal(first), "…"), " ")
+					if strings.HasPrefix(text, "must ") || strings.HasPrefix(text, "The client_assertion was ") {
+						source = append(source, text)
+					}
+				}
+				return true
+			})
+		}
+	}
+	found := regexp.MustCompile("(?m)^\\| `(?:… )?(.*)` \\|").FindAllStringSubmatch(table, -1)
+	for _, text := range source {
+		if !strings.Contains(table, "`… "+text) && !strings.Contains(table, "`"+text) {
+			t.Errorf("keys.md lacks the refusal %q", text)
+		}
+	}
+	if len(source) < 10 || len(found) != len(source)+1 { // and that of errors.go
+		t.Errorf("the source has the refusals %q, and keys.md %d of them", source, len(found))
+	}
+}
+
 func TestPagesHaveEveryVariable(t *testing.T) {
 	table := pageTables(t, "environment-variables.md", "# Environment variables")
 	text := readPage(t, "environment-variables.md")

@@ -654,7 +654,7 @@ func TestMetadataThatClientsAccept(t *testing.T) {
 	if same := v.want(v.do("GET", "/.well-known/openid-configuration", ""), 200, ""); same.raw != a.raw {
 		t.Errorf("there are two documents, %v and %v, want one", a, same)
 	}
-	methods := "[client_secret_basic client_secret_post]"
+	methods, algs := "[client_secret_basic client_secret_post private_key_jwt]", "[RS256 PS256 ES256 EdDSA Ed25519]"
 	want := map[string]string{
 		"issuer":                                        v.url,
 		"authorization_endpoint":                        v.url + "/api/v1/authorize",
@@ -671,6 +671,10 @@ func TestMetadataThatClientsAccept(t *testing.T) {
 		"token_endpoint_auth_methods_supported":         methods,
 		"introspection_endpoint_auth_methods_supported": methods,
 		"revocation_endpoint_auth_methods_supported":    methods,
+
+		"token_endpoint_auth_signing_alg_values_supported":         algs,
+		"introspection_endpoint_auth_signing_alg_values_supported": algs,
+		"revocation_endpoint_auth_signing_alg_values_supported":    algs,
 	}
 	for name, value := range want {
 		if got := fmt.Sprint(a.body[name]); got != value {

@@ -79,9 +79,11 @@ func TestRegionsPageHasEveryRoundTrip(t *testing.T) {
 	p := newProgram(t, postgres.url(), store.url(), "DATABASE_URL", database, "REDIS_URL", "redis://"+far(t, "unix", cache, trip)+"/0",
 		"RATE_LIMIT_PER_MINUTE", "100000")
 	id, secret := p.newClient("resumes:read")
+	keyID, _, key := p.newKeyClient("ES256", "resumes:read")
 	token := p.token(id, secret, "")
 	for what, ask := range map[string]func() answer{
 		"/token":                  func() answer { return p.form(id, secret, "", "grant_type=client_credentials") },
+		"client_assertion":        func() answer { return p.byAssertion("", p.assertion(key, keyID)) },
 		"/token/introspect":       func() answer { return p.form(p.id, p.secret, "/introspect", "token="+token) },
 		"GET /agents/{agentId}":   func() answer { return p.api(p.bearer, "GET", "/agents/"+id, "") },
 		"GET /agents":             func() answer { return p.api(p.bearer, "GET", "/agents", "") },
