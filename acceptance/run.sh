@@ -26,6 +26,7 @@ done <<-EOF
 	apache2-bin /usr/sbin/apache2
 	libapache2-mod-oauth2 /usr/lib/apache2/modules/mod_oauth2.so
 	python3-requests /usr/lib/python3/dist-packages/requests/__init__.py
+	python3-authlib /usr/lib/python3/dist-packages/authlib/__init__.py
 EOF
 # shellcheck disable=SC2086 # words
 [ -z "$missing" ] || ./dev/with-services.sh --install $missing

@@ -92,6 +92,7 @@ var clients = []struct {
 	{"keyfunc", tryKeyfunc},
 	{"jwx", tryJWX},
 	{"mcp go-sdk", tryMCP},
+	{"zitadel oidc", tryZitadel},
 	{"openid-client", node("openid-client.mjs")},
 	{"oauth4webapi", node("oauth4webapi.mjs")},
 	{"jose", node("jose.mjs")},
@@ -106,6 +107,9 @@ var clients = []struct {
 	{"README go", readmeGo},
 	{"README node", readmeNode},
 	{"README python", readmePython},
+	{"keys page go", keysGo},
+	{"keys page node", keysNode},
+	{"keys page python", keysPython},
 }
 
 func main() {

@@ -65,9 +65,17 @@ func (w *world) forNode(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	var keys []keyed
+	for _, alg := range []string{"RS256", "PS256", "ES256", "EdDSA"} {
+		k, err := w.keyAgent(ctx, alg, "resumes:read", "tokens:read")
+		if err != nil {
+			return "", err
+		}
+		keys = append(keys, k)
+	}
 	key := w.keyFile
 	given, err := json.Marshal(map[string]any{
-		"base": w.base, "resource": resource, "agent": agent, "service": service, "tokens": t, "key": key,
+		"base": w.base, "resource": resource, "agent": agent, "service": service, "tokens": t, "key": key, "keys": keys,
 	})
 	return string(given), err
 }

@@ -134,21 +134,21 @@ func shape(value any) string {
 
 const examplesPage = "docs/developers/examples.md"
 
-// example writes the block that starts with a comment which has this name.
-func (w *world) example(dir, name string, change func(string) string) (file string, err error) {
-	list, err := w.blocks(examplesPage, "Agents", "Services")
+// example writes the block of a page that starts with a comment which has this name.
+func (w *world) example(dir, page, name string, change func(string) string) (file string, err error) {
+	list, err := w.blocks(page, map[string][]string{examplesPage: {"Agents", "Services"}, keysPage: {"Make one", "Programs"}}[page]...)
 	for _, b := range list {
 		if first, _, _ := strings.Cut(b.text, "\n"); strings.HasSuffix(first, " "+name) {
 			return filepath.Join(dir, name), writeFiles(dir, map[string]string{name: change(b.text)})
 		}
 	}
-	return "", errors.Join(err, fmt.Errorf("%s has no %s", examplesPage, name))
+	return "", errors.Join(err, fmt.Errorf("%s has no %s", page, name))
 }
 
 func readmeGo(ctx context.Context, w *world, c client) {
 	dir := filepath.Join(w.dir, "readme-go")
 	build := func(name string, change func(string) string) (*exec.Cmd, error) {
-		file, err := w.example(dir, name, change)
+		file, err := w.example(dir, examplesPage, name, change)
 		if err != nil {
 			return nil, err
 		}
@@ -172,19 +172,26 @@ func readmeNode(ctx context.Context, w *world, c client) {
 }
 
 func readmePython(ctx context.Context, w *world, c client) {
-	for _, python := range []string{"python3", "/usr/bin/python3"} { // Debian's package is for the latter
-		if exec.Command(python, "-c", "import requests").Run() == nil {
-			c.examples(ctx, w, w.script(filepath.Join(w.dir, "readme-python"), python), "agent.py", "")
-			return
+	python, err := pythonWith("requests")
+	if c.checked("has requests", err) {
+		c.examples(ctx, w, w.script(filepath.Join(w.dir, "readme-python"), python), "agent.py", "")
+	}
+}
+
+// pythonWith is a Python that can import a module.
+func pythonWith(module string) (string, error) {
+	for _, python := range []string{"python3", "/usr/bin/python3"} { // Debian's packages are for the latter
+		if exec.Command(python, "-c", "import "+module).Run() == nil {
+			return python, nil
 		}
 	}
-	c.checked("has requests", errors.New("no Python here can import it"))
+	return "", fmt.Errorf("no Python here can import %s", module)
 }
 
 // script makes a command of a block for an interpreter.
 func (w *world) script(dir, interpreter string) func(string, func(string) string) (*exec.Cmd, error) {
 	return func(name string, change func(string) string) (*exec.Cmd, error) {
-		file, err := w.example(dir, name, change)
+		file, err := w.example(dir, examplesPage, name, change)
 		return exec.Command(interpreter, file), err
 	}
 }

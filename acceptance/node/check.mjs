@@ -1,7 +1,7 @@
 // What every script here shares: what it is given, and how it says what it has
 // checked (../go/node.go reads that).
 export const given = JSON.parse(process.env.ACCEPTANCE);
-export const { base, resource, agent, service, tokens } = given;
+export const { base, resource, agent, service, tokens, keys } = given;
 
 const say = (word, what, err) => {
 	const reason = err && `${err.name} ${err.code ?? ''} ${err.message ?? err}`.replace(/\s+/g, ' ');
@@ -24,7 +24,7 @@ export async function refuses(what, run, good) {
 	try {
 		await run();
 	} catch (err) {
-		if (good(err)) return say('ok', `refuses ${what}`);
+		if (await good(err)) return say('ok', `refuses ${what}`);
 		return say('FAIL', `refuses ${what}`, new Error(`refused for another reason: ${err.name} ${err.code ?? ''} ${err.message}`));
 	}
 	say('FAIL', `refuses ${what}`, new Error('it was accepted'));
@@ -32,6 +32,34 @@ export async function refuses(what, run, good) {
 
 export function equal(what, got, want) {
 	if (got !== want) throw new Error(`${what} is ${JSON.stringify(got)}, want ${JSON.stringify(want)}`);
+}
+
+// signs tries a library by which clients sign with keys of their own. by makes a client of it, which can get a token, ask whether
+// one is active, and revoke one: its key, and the jti of its assertions if they are not to be the library's.
+export async function signs(by, description) {
+	const because = (reason) => async (err) => reason.test(await description(err));
+	for (const who of keys) {
+		const { alg } = who;
+		let me;
+		const token = await works(`gets a token by ${alg}`, async () => {
+			me = await by(who, who.key);
+			return me.token();
+		});
+		await works(`introspects by ${alg}`, async () => equal('active', await me.active(token), true));
+		await works(`revokes by ${alg}`, async () => {
+			await me.revoke(token);
+			equal('active', await me.active(token), false);
+		});
+		await refuses(`another key, by ${alg}`, async () => (await by(who, who.other)).token(), because(/No active key of this client/));
+		const jti = `${alg} ${Date.now()}`;
+		await works(`gets a token with a jti of ours, by ${alg}`, async () => (await by(who, who.key, { jti })).token());
+		await refuses(`a replay, by ${alg}`, async () => (await by(who, who.key, { jti })).token(), because(/was used before/));
+		await refuses(
+			`an assertion for the endpoint, by ${alg}`,
+			async () => (await by(who, who.key, { aud: `${base}/api/v1/token` })).token(),
+			because(/must have the aud .*, the issuer and nothing else/),
+		);
+	}
 }
 
 // guards tries a resource server: ask returns the status that it answers to a

@@ -1,5 +1,5 @@
-import { createRemoteJWKSet, errors, jwtVerify } from 'jose';
-import { base, end, equal, refuses, resource, tokens, works } from './check.mjs';
+import { createRemoteJWKSet, errors, importPKCS8, jwtVerify, SignJWT } from 'jose';
+import { base, end, equal, keys as clients, refuses, resource, signs, tokens, works } from './check.mjs';
 
 const keys = createRemoteJWKSet(new URL(`${base}/.well-known/jwks.json`));
 const verify = (token) =>
@@ -26,4 +26,51 @@ await refuses('a wrong type', () => verify(tokens.wrongType), because(errors.JWT
 await refuses('a wrong key', () => verify(tokens.wrongKey), because(errors.JWSSignatureVerificationFailed));
 await refuses('an unknown key', () => verify(tokens.unknownKey), because(errors.JWKSNoMatchingKey));
 await refuses('a changed scope', () => verify(tokens.tampered), because(errors.JWSSignatureVerificationFailed));
+
+// As a client, with assertions made by hand.
+const post = async (path, form) => {
+	const answer = await fetch(`${base}/api/v1/token${path}`, { method: 'POST', body: new URLSearchParams(form) });
+	const body = await answer.json();
+	if (!answer.ok) throw Object.assign(new Error(body.error_description), { code: body.error });
+	return body;
+};
+const sign = async (who, pem, claims = {}, header = {}) =>
+	new SignJWT({ iss: who.id, sub: who.id, aud: base, jti: crypto.randomUUID(), ...claims })
+		.setProtectedHeader({ alg: who.alg, ...header })
+		.setIssuedAt()
+		.setExpirationTime('1m')
+		.sign(await importPKCS8(pem, who.alg));
+const by = async (who, pem, claims, header) => {
+	const proof = async () => ({
+		client_assertion_type: 'urn:ietf:params:oauth:client-assertion-type:jwt-bearer',
+		client_assertion: await sign(who, pem, claims, header),
+	});
+	return {
+		token: async () => (await post('', { grant_type: 'client_credentials', ...(await proof()) })).access_token,
+		active: async (token) => (await post('/introspect', { token, ...(await proof()) })).active,
+		revoke: async (token) => post('/revoke', { token, ...(await proof()) }),
+	};
+};
+await signs(by, (err) => err.message);
+const [who] = clients;
+for (const typ of ['JWT', 'client-authentication+jwt']) {
+	await works(`gets a token with the typ ${typ}`, async () => (await by(who, who.key, {}, { typ })).token());
+}
+await works('gets a token with the issuer and a slash as aud', async () => (await by(who, who.key, { aud: `${base}/` })).token());
+await works('gets a token with a list of one as aud', async () => (await by(who, who.key, { aud: [base] })).token());
+for (const [what, claims, header, reason] of [
+	['a list of two as aud', { aud: [base, resource] }, {}, /must have the aud/],
+	['another issuer as aud', { aud: resource }, {}, /must have the aud/],
+	['the typ of an access token', {}, { typ: 'at+jwt' }, /must have the typ/],
+	['another sub than iss', { sub: clients[1].id }, {}, /both iss and sub/],
+	['the id of another client', { iss: clients[1].id, sub: clients[1].id }, {}, /No active key/],
+	['a kid that is not of the client', {}, { kid: 'x' }, /No active key/],
+	['no jti', { jti: undefined }, {}, /must have jti/],
+]) {
+	await refuses(
+		what,
+		async () => (await by(who, who.key, claims, header)).token(),
+		(err) => err.code === 'invalid_client' && reason.test(err.message),
+	);
+}
 end();

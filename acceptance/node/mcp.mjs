@@ -1,16 +1,17 @@
 // The Model Context Protocol end to end, as in ../go/mcp.go. The server here
 // verifies tokens by itself, and the client asks for one for just that server.
 import express from 'express';
-import { createRemoteJWKSet, jwtVerify } from 'jose';
+import { createPrivateKey } from 'node:crypto';
+import { createRemoteJWKSet, importPKCS8, jwtVerify, SignJWT } from 'jose';
 import { Client } from '@modelcontextprotocol/sdk/client/index.js';
-import { ClientCredentialsProvider } from '@modelcontextprotocol/sdk/client/auth-extensions.js';
+import { ClientCredentialsProvider, PrivateKeyJwtProvider, StaticPrivateKeyJwtProvider } from '@modelcontextprotocol/sdk/client/auth-extensions.js';
 import { StreamableHTTPClientTransport } from '@modelcontextprotocol/sdk/client/streamableHttp.js';
 import { InvalidTokenError } from '@modelcontextprotocol/sdk/server/auth/errors.js';
 import { requireBearerAuth } from '@modelcontextprotocol/sdk/server/auth/middleware/bearerAuth.js';
 import { getOAuthProtectedResourceMetadataUrl, mcpAuthMetadataRouter } from '@modelcontextprotocol/sdk/server/auth/router.js';
 import { McpServer } from '@modelcontextprotocol/sdk/server/mcp.js';
 import { StreamableHTTPServerTransport } from '@modelcontextprotocol/sdk/server/streamableHttp.js';
-import { agent, base, bearer, end, equal, guards, listening, refuses, service, tokens, works } from './check.mjs';
+import { agent, base, bearer, end, equal, guards, keys as clients, listening, refuses, service, tokens, works } from './check.mjs';
 
 const app = express();
 const url = await listening(app);
@@ -49,13 +50,13 @@ app.all(
 	},
 );
 
-async function callTool(credentials) {
+async function callTool(credentials, Provider = ClientCredentialsProvider) {
 	const client = new Client({ name: 'acceptance', version: '1' });
-	const authProvider = new ClientCredentialsProvider({ expectedIssuer: base, ...credentials });
+	const authProvider = new Provider({ expectedIssuer: base, ...credentials });
 	await client.connect(new StreamableHTTPClientTransport(endpoint, { authProvider }));
 	const result = await client.callTool({ name: 'whoami' });
 	await client.close();
-	equal('what the tool says', result.content[0].text, agent.id);
+	equal('what the tool says', result.content[0].text, credentials.clientId);
 }
 await works('is sent to the service, gets a token, calls a tool', () => callTool({ clientId: agent.id, clientSecret: agent.secret }));
 await refuses(
@@ -68,6 +69,25 @@ await refuses(
 	() => callTool({ clientId: agent.id, clientSecret: agent.secret, expectedIssuer: 'https://login.example.com' }),
 	(err) => /login\.example\.com/.test(err.message),
 );
+
+// By keys. The SDK reads no PEM of Ed25519, but a JWK.
+const refused = (err) => err.errorCode === 'invalid_client' || err.constructor.name === 'InvalidClientError';
+for (const { id, alg, key, other } of clients) {
+	const given = (pem) => ({
+		clientId: id,
+		algorithm: alg,
+		privateKey: alg === 'EdDSA' ? createPrivateKey(pem).export({ format: 'jwk' }) : pem,
+	});
+	await works(`gets a token by ${alg}, calls a tool`, () => callTool(given(key), PrivateKeyJwtProvider));
+	await refuses(`another key, by ${alg}`, () => callTool(given(other), PrivateKeyJwtProvider), refused);
+	const jwtBearerAssertion = await new SignJWT({ iss: id, sub: id, aud: base, jti: crypto.randomUUID() })
+		.setProtectedHeader({ alg })
+		.setExpirationTime('1m')
+		.sign(await importPKCS8(key, alg));
+	const once = { clientId: id, jwtBearerAssertion };
+	await works(`gets a token with an assertion of ours, by ${alg}`, () => callTool(once, StaticPrivateKeyJwtProvider));
+	await refuses(`a replay, by ${alg}`, () => callTool(once, StaticPrivateKeyJwtProvider), (err) => refused(err) && /used before/.test(err.message));
+}
 
 // The server alone, with tokens for a resource whose name it takes.
 audience = 'https://resumes.example.com';

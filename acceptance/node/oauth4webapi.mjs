@@ -1,5 +1,6 @@
+import { importPKCS8 } from 'jose';
 import * as oauth from 'oauth4webapi';
-import { agent, base, bearer, end, equal, given, refuses, resource, service, tokens, works } from './check.mjs';
+import { agent, base, bearer, end, equal, given, refuses, resource, service, signs, tokens, works } from './check.mjs';
 
 const http = { [oauth.allowInsecureRequests]: true };
 const issuer = new URL(base);
@@ -103,5 +104,24 @@ await refuses(
 		err.cause[0].scheme === 'bearer' &&
 		err.cause[0].parameters.error === 'invalid_token' &&
 		err.cause[0].parameters.resource_metadata === `${given.base}/.well-known/oauth-protected-resource`,
+);
+
+// By keys, whose assertions have no typ here.
+await signs(
+	async (who, pem, claims) => {
+		const me = { client_id: who.id };
+		const modify = { [oauth.modifyAssertion]: (_header, payload) => Object.assign(payload, claims) };
+		const auth = oauth.PrivateKeyJwt(await importPKCS8(pem, who.alg), modify);
+		return {
+			token: async () => {
+				const answer = await oauth.clientCredentialsGrantRequest(as, me, auth, { scope: 'resumes:read', resource }, http);
+				return (await oauth.processClientCredentialsResponse(as, me, answer)).access_token;
+			},
+			active: async (token) =>
+				(await oauth.processIntrospectionResponse(as, me, await oauth.introspectionRequest(as, me, auth, token, http))).active,
+			revoke: async (token) => oauth.processRevocationResponse(await oauth.revocationRequest(as, me, auth, token, http)),
+		};
+	},
+	async (err) => (await err.response.json()).error_description,
 );
 end();

@@ -1,5 +1,6 @@
+import { importPKCS8 } from 'jose';
 import * as client from 'openid-client';
-import { agent, base, end, equal, refuses, resource, service, tokens, works } from './check.mjs';
+import { agent, base, end, equal, refuses, resource, service, signs, tokens, works } from './check.mjs';
 
 const options = { execute: [client.allowInsecureRequests] }; // http
 const discover = (who, authentication, more) =>
@@ -74,5 +75,20 @@ await refuses(
 	'an issuer that is not the URL',
 	() => client.discovery(new URL(base.replace('localhost', '127.0.0.1')), agent.id, agent.secret, undefined, options),
 	(err) => err.code === 'OAUTH_JSON_ATTRIBUTE_COMPARISON_FAILED',
+);
+
+// By keys. The challenge of a refusal has no reason; its body does.
+await signs(
+	async (who, pem, claims) => {
+		const key = await importPKCS8(pem, who.alg);
+		const modify = { [client.modifyAssertion]: (_header, payload) => Object.assign(payload, claims) };
+		const config = await discover(who, () => client.PrivateKeyJwt(key, modify));
+		return {
+			token: async () => (await client.clientCredentialsGrant(config, { scope: 'resumes:read', resource })).access_token,
+			active: async (token) => (await client.tokenIntrospection(config, token)).active,
+			revoke: (token) => client.tokenRevocation(config, token),
+		};
+	},
+	async (err) => (await err.response.json()).error_description,
 );
 end();
