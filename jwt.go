@@ -241,7 +241,7 @@ func newKeyset(text string) (*keyset, error) {
 	}
 	private, ok := keys[0].(crypto.Signer)
 	if !ok {
-		return nil, errors.New("it is a public key, or one that can't sign; the private one is needed")
+		return nil, errors.New("it is a public key, and the private one is needed; or it is one that can't sign")
 	}
 	if len(keys) != 1 {
 		return nil, errors.New("it has more than one key; those of before go to JWT_PUBLIC_KEY, in public form")
