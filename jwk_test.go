@@ -5,9 +5,12 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"math/big"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 )
 
 // keyOf reads a JWK of a test.
@@ -131,4 +134,57 @@ func (k rsaKey) sign(text string) []byte {
 	size := (k.n.BitLen() + 7) / 8
 	m := new(big.Int).SetBytes(slices.Concat([]byte{0, 1}, bytes.Repeat([]byte{0xff}, size-2-len(end)), end))
 	return m.Exp(m, k.d, k.n).FillBytes(make([]byte, size))
+}
+
+// readAssertion has the time of its caller: the ends of what is good are exact.
+func TestAssertionIsGoodForItsTime(t *testing.T) {
+	t.Parallel()
+	const now, issuer = 1_800_000_000, "https://id.example.com"
+	const life = 300
+	for _, row := range []struct {
+		claims string
+		good   bool
+	}{
+		{`"exp":1800000000`, false}, {`"exp":1800000000.5`, true}, {`"exp":1800000001`, true}, {`"exp":1799999999`, false},
+		{fmt.Sprintf(`"exp":%d`, now+life+clockSkew), true}, {fmt.Sprintf(`"exp":%d.001`, now+life+clockSkew), false}, {fmt.Sprintf(`"exp":%d`, now+life+clockSkew+1), false},
+		{fmt.Sprintf(`"exp":%d,"iat":%d`, now+60, now+clockSkew), true}, {fmt.Sprintf(`"exp":%d,"iat":%d`, now+60, now+clockSkew+1), false},
+		{fmt.Sprintf(`"exp":%d,"nbf":%d`, now+60, now+clockSkew), true}, {fmt.Sprintf(`"exp":%d,"nbf":%d`, now+60, now+clockSkew+1), false},
+	} {
+		text := b64.EncodeToString([]byte(`{"alg":"ES256"}`)) + "." +
+			b64.EncodeToString([]byte(`{"iss":"a","sub":"a","jti":"1","aud":"`+issuer+`",`+row.claims+`}`)) + "."
+		a, err := readAssertion(text, issuer, time.Unix(now, 999_999_999))
+		if (err == nil) != row.good {
+			t.Errorf("%s: %v, want it good: %v", row.claims, err, row.good)
+		}
+		if end := a.exp.Unix(); err == nil && (end <= now || end > now+life+clockSkew+1) { // it is remembered for as long as it is good
+			t.Errorf("%s: it is remembered until %d", row.claims, end)
+		}
+	}
+}
+
+// Whatever is read is of the form that it says.
+func FuzzReadAssertion(f *testing.F) {
+	claims := `{"iss":"a","sub":"a","jti":"1","aud":"https://id.example.com","exp":1800000060}`
+	for _, header := range []string{`{"alg":"ES256"}`, `{"alg":"none","typ":"JWT","kid":"a"}`, `{"crit":[]}`, `null`, ``} {
+		f.Add(header, claims, "x", true)
+	}
+	f.Fuzz(func(t *testing.T, header, payload, sig string, encoded bool) {
+		text := header + "." + payload + "." + sig
+		if encoded {
+			text = b64.EncodeToString([]byte(header)) + "." + b64.EncodeToString([]byte(payload)) + "." + b64.EncodeToString([]byte(sig))
+		}
+		a, err := readAssertion(text, "https://id.example.com", time.Unix(1_800_000_000, 0))
+		if err != nil {
+			if msg := err.Error(); strings.ContainsFunc(msg, func(c rune) bool { return c < ' ' || c > '~' }) || strings.ContainsAny(msg, `"\`) {
+				t.Errorf("%q is refused by %q, which no answer may have", text, msg)
+			}
+			return
+		}
+		if a.signed+"."+b64.EncodeToString(a.sig) != text {
+			t.Errorf("%q is read as %q and %q", text, a.signed, a.sig)
+		}
+		if a.issuer == "" || a.sub == "" || a.id == "" || a.exp.Unix() <= 1_800_000_000 || a.exp.Unix() > 1_800_000_311 {
+			t.Errorf("%q is read as %+v", text, a)
+		}
+	})
 }
