@@ -25,6 +25,7 @@ type job struct {
 	Connections      int
 	Seconds          float64
 	Requests         [][]byte // taken in turn by all connections
+	Once             bool     // each of them; stop when there are no more
 	Count            int      // stop after so many; 0: after Seconds
 }
 
@@ -36,6 +37,7 @@ type result struct {
 	Elapsed  time.Duration // from the first request to the last answer
 	P50, P99 time.Duration
 	CPU      time.Duration // of the load process
+	Server   time.Duration // CPU of the servers, where under has measured it
 }
 
 func (r result) rate() float64 { return float64(r.Answers) / r.Elapsed.Seconds() }
@@ -79,7 +81,7 @@ func runLoad(in io.Reader, out io.Writer) error {
 	take := func() (request []byte, ok bool) {
 		mu.Lock()
 		defer mu.Unlock()
-		if j.Count > 0 && next == j.Count {
+		if j.Count > 0 && next == j.Count || j.Once && next == len(j.Requests) {
 			return nil, false
 		}
 		request = j.Requests[next%len(j.Requests)]

@@ -16,6 +16,7 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"flag"
@@ -79,6 +80,7 @@ type part struct {
 
 var parts = []part{
 	{"Token", benchTokens},
+	{"Keys", benchKeys},
 	{"Read", benchReads},
 	{"Cold", benchCold},
 	{"Memory", benchMemory},
@@ -291,12 +293,16 @@ func bareLimit(request []byte) (limit, error) {
 }
 
 // under puts a load on servers, which share it, and reports what came of it
-// beside a limit.
+// beside a limit. Of several requests each is sent once, as an assertion must be.
 func (s *stores) under(ctx context.Context, name string, servers []*server, l limit, connections int, requests ...[]byte) (result, error) {
 	if !regexp.MustCompile(*loads).MatchString(name) {
 		return result{Elapsed: 1, Answers: 1, P99: 1}, nil
 	}
-	warm := job{Network: "tcp", Address: servers[0].address, Connections: connections, Seconds: *seconds / 6, Requests: requests}
+	warm := job{Network: "tcp", Address: servers[0].address, Connections: connections, Seconds: *seconds / 6, Requests: requests, Once: len(requests) > 1}
+	rest := requests
+	if warm.Once {
+		warm.Requests, rest = requests[:len(requests)/7], requests[len(requests)/7:]
+	}
 	if _, err := load(warm); err != nil {
 		return result{}, fmt.Errorf("%s: %w", name, err)
 	}
@@ -309,7 +315,11 @@ func (s *stores) under(ctx context.Context, name string, servers []*server, l li
 	var group sync.WaitGroup
 	for i, sv := range servers {
 		j := warm
-		j.Address, j.Connections, j.Seconds = sv.address, max(1, connections/len(servers)), *seconds
+		j.Address, j.Connections, j.Seconds, j.Requests = sv.address, max(1, connections/len(servers)), *seconds, rest
+		if j.Once {
+			n := len(rest) / len(servers)
+			j.Requests = rest[i*n : (i+1)*n]
+		}
 		group.Go(func() { results[i], errs[i] = load(j) })
 	}
 	group.Wait()
@@ -326,11 +336,12 @@ func (s *stores) under(ctx context.Context, name string, servers []*server, l li
 	for _, sv := range servers {
 		after += sv.cpu()
 	}
+	sum.Server = after - before
 	each := func(d time.Duration) float64 { return micros(d) / float64(sum.Answers) }
 	report(name, sum.Answers,
 		value{sum.rate(), "req/s"}, value{sum.rate() / l.rate, "of-limit"},
 		value{micros(sum.P50), "p50-µs"}, value{micros(sum.P99), "p99-µs"},
-		value{each(after - before), "server-µs/op"}, value{each(after-before) / micros(l.cpu), "of-limit-CPU"},
+		value{each(sum.Server), "server-µs/op"}, value{each(sum.Server) / micros(l.cpu), "of-limit-CPU"},
 		value{each(s.postgresCPU() - postgres), "postgres-µs/op"}, value{each(s.redisCPU(ctx) - cache), "redis-µs/op"},
 		value{100 * sum.CPU.Seconds() / sum.Elapsed.Seconds() / float64(runtime.NumCPU()), "%-machine-load"})
 	return sum, nil
@@ -366,6 +377,96 @@ func benchTokens(ctx context.Context) error {
 	}
 	report("Token ES256 over RS256", 1, value{rates["ES256"] / rates["RS256"], "x"})
 	return nil
+}
+
+// benchKeys issues tokens to a client that signs with a key of its own, beside
+// those to a client whose secret is known.
+func benchKeys(ctx context.Context) error {
+	for _, alg := range []string{"RS256", "ES256"} {
+		key, l, err := newKey(alg)
+		if err != nil {
+			return err
+		}
+		for _, n := range []int{1, 2} {
+			if err := benchKeysOf(ctx, alg, key, l, n); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func benchKeysOf(ctx context.Context, alg, key string, l limit, n int) error {
+	s, err := newStores(ctx)
+	if err != nil {
+		return err
+	}
+	defer s.close(ctx)
+	var servers []*server
+	var first *server
+	for range n {
+		sv, err := s.newServer(key, first)
+		if err != nil {
+			return err
+		}
+		defer sv.stop()
+		servers = append(servers, sv)
+		first = servers[0]
+	}
+	client, err := s.newClientKey(ctx, first.id)
+	if err != nil {
+		return err
+	}
+	secret, err := s.under(ctx, fmt.Sprintf("Copies %d token %s by secret", n, alg), servers, l, 32, first.tokenRequest())
+	if err != nil || secret.Server == 0 { // left out, by -loads
+		return err
+	}
+	requests := make([][]byte, 64+int(secret.rate()**seconds*7/6)) // as many as by secret, which is faster
+	for i := range requests {
+		if requests[i], err = assertionRequest(client, first.id); err != nil {
+			return err
+		}
+	}
+	signed, err := s.under(ctx, fmt.Sprintf("Copies %d token %s by key", n, alg), servers, l, 32, requests...)
+	if err != nil || signed.Server == 0 {
+		return err
+	}
+	cost := func(r result) float64 { return r.Server.Seconds() / float64(r.Answers) }
+	report(fmt.Sprintf("Copies %d server CPU %s by key over secret", n, alg), 1, value{cost(signed) / cost(secret), "x"})
+	return nil
+}
+
+// newClientKey gives an agent a key, straight in the database.
+func (s *stores) newClientKey(ctx context.Context, agentID string) (*ecdsa.PrivateKey, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	point, err := key.PublicKey.Bytes()
+	if err != nil {
+		return nil, err
+	}
+	number := base64.RawURLEncoding.EncodeToString
+	_, err = s.db.Exec(ctx, `
+		insert into credentials (credential_id, client_id, kind, secret_prefix, secret_hash, secret_id, public_key, key_thumbprint)
+		values (gen_random_uuid(), $1, 'key', $2, '', gen_random_uuid(), $3, $2)`, agentID, newSecret()[8:24],
+		fmt.Sprintf(`{"kty":"EC","crv":"P-256","x":%q,"y":%q,"alg":"ES256"}`, number(point[1:33]), number(point[33:])))
+	return key, err
+}
+
+// assertionRequest asks for a token with an assertion that is good once.
+func assertionRequest(key *ecdsa.PrivateKey, clientID string) ([]byte, error) {
+	b64, now := base64.RawURLEncoding.EncodeToString, time.Now().Unix()
+	signed := b64([]byte(`{"alg":"ES256","typ":"JWT"}`)) + "." + b64(fmt.Appendf(nil,
+		`{"iss":%q,"sub":%q,"aud":"http://bench.example","jti":%q,"iat":%d,"exp":%d}`, clientID, clientID, rand.Text(), now, now+300))
+	digest := sha256.Sum256([]byte(signed))
+	r, s, err := ecdsa.Sign(rand.Reader, key, digest[:])
+	if err != nil {
+		return nil, err
+	}
+	sig := b64(append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...))
+	return request("POST", "/api/v1/token", "", grant+"&client_assertion_type=urn%3Aietf%3Aparams%3Aoauth%3Aclient-assertion-type%3Ajwt-bearer&client_assertion="+
+		signed+"."+sig), nil
 }
 
 // benchReads asks for what is not signed.
