@@ -300,7 +300,7 @@ func (s *server) challenge(r *request, form envelope, p *problem) {
 		r.out.Set("WWW-Authenticate", bearer+reason)
 	case form == rest:
 		r.out.Set("WWW-Authenticate", bearer)
-	case r.Header.Get("Authorization") != "" || r.form.Get("client_secret") != "":
+	case r.Header.Get("Authorization") != "" || r.form.Get("client_secret") != "" || r.form.Get("client_assertion") != "":
 		r.out.Set("WWW-Authenticate", "Basic"+realm+reason)
 	default:
 		r.out.Set("WWW-Authenticate", "Basic"+realm)

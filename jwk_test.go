@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/rand"
 	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"math/big"
@@ -187,4 +188,24 @@ func FuzzReadAssertion(f *testing.F) {
 			t.Errorf("%q is read as %+v", text, a)
 		}
 	})
+}
+
+// Of a point of small order a signature that nobody has made verifies, whoever holds the key.
+func TestKeyThatAnybodySignsForIsRefused(t *testing.T) {
+	t.Parallel()
+	zeros := strings.Repeat("00", 30)
+	for _, point := range []string{
+		"01" + zeros + "00", "01" + zeros + "80", "00" + zeros + "00", "00" + zeros + "80",
+		"ec" + strings.Repeat("ff", 30) + "7f", "ec" + strings.Repeat("ff", 30) + "ff",
+		"26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05", "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",
+		"c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a", "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+	} {
+		x, err := hex.DecodeString(point)
+		if err != nil || len(x) != 32 {
+			t.Fatal(point, err)
+		}
+		if k, err := keyOf(t, `{"kty":"OKP","crv":"Ed25519","x":"`+b64.EncodeToString(x)+`"}`); err == nil {
+			t.Errorf("%s is taken as %v", point, k)
+		}
+	}
 }

@@ -167,7 +167,7 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 }
 
 // printKey prints a new key of RS256 or ES256 that signs; or of a client, with its
-// public half behind it as it is registered, which what reads PEM passes over.
+// public half behind it as it is registered.
 func printKey(kind string, stdout io.Writer) error {
 	private, err := newKeyPEM(strings.Replace(kind, "client", "ES256", 1))
 	if err != nil {

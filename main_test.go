@@ -172,7 +172,7 @@ func TestPageHasEveryTimeAndSize(t *testing.T) {
 		"wellFor": wellFor, "keepEvery": keepEvery, "clockTold": clockTold, "clockTrust": clockTrust,
 		"maxBodies": maxBodies, "maxBodiesOf": maxBodiesOf, "bodyTime": bodyTime, "bodyPace": bodyPace,
 		"readTime": readTime, "maxWaiting": maxWaiting, "maxBody": maxBody, "maxHeader": maxHeader, "maxInFlight": maxInFlight, "queueSize": queueSize,
-		"batchSize": batchSize, "memoSize": memoSize, "maxTokenTTL": maxTokenTTL, "clockSkew": clockSkew,
+		"batchSize": batchSize, "memoSize": memoSize, "maxTokenTTL": maxTokenTTL, "clockSkew": clockSkew, "assertionLife": assertionLife,
 	}
 	for name, value := range want {
 		if length, ok := value.(time.Duration); ok {
