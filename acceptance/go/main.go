@@ -103,6 +103,7 @@ var clients = []struct {
 	{"two copies behind haproxy", tryBehindHAProxy},
 	{"two copies behind nginx", tryBehindNginx},
 	{"kubernetes manifests", tryKubernetes},
+	{"wycheproof", tryWycheproof},
 	{"README walk", walkReadme},
 	{"README go", readmeGo},
 	{"README node", readmeNode},
