@@ -401,7 +401,7 @@ func saidWrong(v *service, h holder, id string) (bad []badAssertion) {
 	}
 	claim := func(says, name string, values ...any) {
 		for _, value := range values {
-			bad = append(bad, badAssertion{fmt.Sprintf("%s %.60q", name, value), h.sign(h.header(), v.assertionClaims(id).with(members{name: value})), says})
+			bad = append(bad, badAssertion{fmt.Sprintf("%s %.60s", name, fmt.Sprint(value)), h.sign(h.header(), v.assertionClaims(id).with(members{name: value})), says})
 		}
 	}
 	missing := func(name, says string) {
