@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math"
 	"math/big"
 	"regexp"
 	"slices"
@@ -96,17 +95,16 @@ func isForgeable(key ed25519.PublicKey) bool {
 // public is the key itself. It fails where that isn't one, or too small.
 func (k jwk) public() (crypto.PublicKey, error) {
 	n, nErr := decodeSegment(k.N)
-	e, eErr := decodeSegment(k.E)
 	x, xErr := decodeSegment(k.X)
 	y, yErr := decodeSegment(k.Y)
-	if errors.Join(nErr, eErr, xErr, yErr) != nil {
+	if errors.Join(nErr, xErr, yErr) != nil {
 		return nil, errors.New("must have its numbers in base64url without padding")
 	}
 	switch k.Kty {
 	case "RSA":
-		key := &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: int(new(big.Int).SetBytes(e).Int64())}
-		if bits := key.N.BitLen(); bits < 2048 || bits > 8192 || len(e) > 4 || key.E < 65537 || key.E > math.MaxInt32 || key.E%2 == 0 || key.N.Bit(0) == 0 || n[0] == 0 || e[0] == 0 {
-			return nil, errors.New("must have an odd n of 2048 to 8192 bits, and an odd e from 65537 to 2^31-1, without zeros in front (RFC 7518, section 6.3.1)")
+		key := &rsa.PublicKey{N: new(big.Int).SetBytes(n), E: 65537} // a larger one would cost us more for each that is wrong
+		if bits := key.N.BitLen(); bits < 2048 || bits > 8192 || k.E != "AQAB" || key.N.Bit(0) == 0 || n[0] == 0 {
+			return nil, errors.New("must have an odd n of 2048 to 8192 bits without zeros in front (RFC 7518, section 6.3.1), and AQAB as its e, which is 65537")
 		}
 		return key, nil
 	case "EC":

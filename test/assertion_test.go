@@ -1009,7 +1009,7 @@ func TestBadKeysAreRefused(t *testing.T) {
 		{"RSA of 8200 bits", rsaKey.with(members{"n": odd(8200)}), rsaSays}, {"RSA of 60000 bits", rsaKey.with(members{"n": odd(60000)}), rsaSays}, {"RSA of an even n", rsaKey.with(members{"n": number(even)}), rsaSays},
 		{"RSA of a power of two", rsaKey.with(members{"n": number(append([]byte{0x80}, make([]byte, 255)...))}), rsaSays}, {"a zero before n", rsaKey.with(members{"n": number(append([]byte{0}, bytesOf(rsaKey["n"])...))}), rsaSays},
 		{"a zero before e", rsaKey.with(members{"e": "AAEAAQ"}), rsaSays}, {"no n", rsaKey.without("n"), rsaSays}, {"no e", rsaKey.without("e"), rsaSays}, {"e 0", rsaKey.with(members{"e": "AA"}), rsaSays}, {"e 1", rsaKey.with(members{"e": "AQ"}), rsaSays},
-		{"e 3", rsaKey.with(members{"e": "Aw"}), rsaSays}, {"e 65536", rsaKey.with(members{"e": "AQAA"}), rsaSays}, {"e 65538", rsaKey.with(members{"e": "AQAC"}), rsaSays}, {"e of 2^31 and more", rsaKey.with(members{"e": number([]byte{0x80, 0, 0, 1})}), rsaSays},
+		{"e 3", rsaKey.with(members{"e": "Aw"}), rsaSays}, {"e 65536", rsaKey.with(members{"e": "AQAA"}), rsaSays}, {"e 65539", rsaKey.with(members{"e": "AQAD"}), rsaSays}, {"e 65538", rsaKey.with(members{"e": "AQAC"}), rsaSays}, {"e of 2^31 and more", rsaKey.with(members{"e": number([]byte{0x80, 0, 0, 1})}), rsaSays},
 		{"e of 33 bits", rsaKey.with(members{"e": number([]byte{1, 0, 1, 0, 1})}), rsaSays}, {"e of 2^64 + 65537", rsaKey.with(members{"e": number([]byte{1, 0, 0, 0, 0, 0, 1, 0, 1})}), rsaSays}, {"e as long as n", rsaKey.with(members{"e": rsaKey["n"]}), rsaSays},
 		{"e as number", rsaKey.with(members{"e": 65537}), "must have text as its e"},
 	}
