@@ -6,6 +6,7 @@ import (
 	"net"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -76,4 +77,45 @@ func (c *fragileConn) Write(b []byte) (int, error) {
 		c.Close()
 	}
 	return c.Conn.Write(b)
+}
+
+// A slow answer, which is as exact as it was slow, neither sets the clock back nor
+// forth. One that is off by more than that does.
+func TestSlowAnswerLeavesTheClock(t *testing.T) {
+	t.Parallel()
+	s, _, _ := newServer(t)
+	ctx, slow := t.Context(), 400*time.Millisecond
+	read := func() {
+		t.Helper()
+		var held []*pgxpool.Conn
+		for range s.inner.Config().MaxConns { // so that the question waits, which counts as the way to PostgreSQL
+			conn, err := s.inner.Acquire(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			held = append(held, conn)
+		}
+		time.AfterFunc(slow, func() {
+			for _, conn := range held {
+				conn.Release()
+			}
+		})
+		if err := s.readClock(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := s.clockDistance()
+	if read(); (s.clockDistance() - before).Abs() > slow/4 {
+		t.Errorf("a slow answer has changed the clock by %s", s.clockDistance()-before)
+	}
+	for _, by := range []time.Duration{time.Hour, -time.Minute, 2 * time.Second} {
+		now := time.Now()
+		s.clock.Store(&reading{now.Add(by), now})
+		for n := 0; (s.clockDistance() - before).Abs() > slow; n++ {
+			if n == 20 {
+				t.Fatalf("a clock that was %s ahead is %s ahead after %d slow answers", by, s.clockDistance()-before, n)
+			}
+			read() // more than once where it is a very slow one
+		}
+	}
 }

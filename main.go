@@ -295,9 +295,9 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	s.used = newQueue(func(ctx context.Context, uses []use) ([]bool, error) { return useOnce(ctx, inner, uses) })
 	s.lives = newQueue(func(ctx context.Context, of []origin) ([]life, error) { return areAlive(ctx, inner, of) })
 	s.keys.Store(cfg.keys)
-	s.clock.Store(&reading{time.Now().Round(0), time.Now()})
-	end := time.Now().Add(time.Minute)
-	for err = s.applySchema(ctx, owner); err != nil && ctx.Err() == nil && time.Now().Before(end); err = s.applySchema(ctx, owner) {
+	begun := time.Now()
+	s.clock.Store(&reading{begun.Round(0), begun})
+	for err = s.applySchema(ctx, owner); err != nil && ctx.Err() == nil && time.Since(begun) < time.Minute; err = s.applySchema(ctx, owner) {
 		refusal, ok := errors.AsType[*pgconn.PgError](err)
 		if errors.Is(err, errNotMigrated) || errors.Is(err, errPooled) || errors.Is(err, errEncoding) || ok && refusal.Code[0] != '5' && refusal.Code[:2] != "40" {
 			break // classes 40, 53, 55 and 57 pass by themselves: deadlock, too busy, locked, starting

@@ -229,31 +229,31 @@ func (p *pulse) well() bool { return p.within(wellFor) }
 // A reading is what PostgreSQL's clock said, and when that was here.
 type reading struct{ there, here time.Time }
 
-// readClock asks for the time, which is that in the middle of the question. A
-// slow answer says too little.
+// at goes on as our clock does, whatever that is set to.
+func (r *reading) at(now time.Time) time.Time { return r.there.Add(now.Sub(r.here)) }
+
+// readClock asks for the time, which is that in the middle of the question, give or take
+// half of it. What the last reading says within that stands, or ids would not be in order.
 func (s *server) readClock(ctx context.Context) error {
 	var there time.Time
 	begun := time.Now()
 	if err := s.inner.QueryRow(ctx, `select clock_timestamp()`).Scan(&there); err != nil {
 		return fmt.Errorf("reading PostgreSQL's clock: %w", err)
 	}
-	if took := time.Since(begun); took < time.Second {
-		s.clock.Store(&reading{there, begun.Add(took / 2)})
+	half := time.Since(begun) / 2
+	if off := there.Sub(s.clock.Load().at(begun.Add(half))); off.Abs() > half && half < time.Second/2 {
+		s.clock.Store(&reading{there, begun.Add(half)})
 	}
 	return nil
 }
 
-// now is the time by PostgreSQL's clock, the one that all copies share. Between
-// readings it goes on as ours does, whatever that is set to.
-func (s *server) now() time.Time {
-	r := s.clock.Load()
-	return r.there.Add(time.Since(r.here))
-}
+// now is the time by PostgreSQL's clock, the one that all copies share.
+func (s *server) now() time.Time { return s.clock.Load().at(time.Now()) }
 
 // clockDistance is how far PostgreSQL's clock is ahead of this machine's.
 func (s *server) clockDistance() time.Duration {
-	r := s.clock.Load()
-	return r.there.Sub(r.here.Round(0)) // without the monotonic part
+	now := time.Now()
+	return s.clock.Load().at(now).Sub(now.Round(0)) // Round takes the monotonic part away
 }
 
 // settings are what our connections need of PostgreSQL, whatever the role, the
