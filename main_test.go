@@ -91,7 +91,7 @@ func newServer(t testing.TB, env ...string) (s *server, id, plain string) {
 	}
 	stop := s.startKeeper()
 	t.Cleanup(func() { stop(); s.close() })
-	for end := time.Now().Add(20 * time.Second); !s.postgres.well() || !s.redis.well(); time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !s.postgres.well() || !s.redis.well(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("the stores are not well")
 		}

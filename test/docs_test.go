@@ -288,7 +288,7 @@ func (g *rig) unit(folder, instance string) (env []string) {
 // listening waits until a store lets somebody in.
 func (g *rig) listening(name string) error {
 	var err error
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
 		if name == "postgres" {
 			var conn *pgx.Conn
 			if conn, err = g.connect("postgres"); err == nil {
@@ -322,7 +322,7 @@ func (g *rig) rehearse(blocks []block, before func(block)) {
 	cmd.Stdout, cmd.Stderr = &out, &out
 	shell := startProcess(g.t, cmd, syscall.SIGKILL)
 	at := block{page: "nothing"}
-	limit := time.After(5 * time.Minute)
+	limit := time.After(15 * time.Minute)
 	for {
 		select {
 		case o := <-g.asked:
@@ -1537,7 +1537,7 @@ func TestLocalDevelopmentPageCanBePasted(t *testing.T) {
 	shell := startProcess(t, cmd, syscall.SIGKILL)
 	select {
 	case <-shell.exited:
-	case <-time.After(5 * time.Minute):
+	case <-time.After(15 * time.Minute):
 		t.Fatalf("local-development.md doesn't end: %s", &out)
 	}
 	log, _ := os.ReadFile(folder + "/run.log")

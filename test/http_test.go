@@ -704,7 +704,7 @@ func TestCommands(t *testing.T) {
 		t.Errorf("run(healthcheck) of a server on all addresses = %v, want nil", err)
 	}
 	down := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(503) })}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := net.Listen("tcp", "127.0.0.1:"+steadyPort(t))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -730,12 +730,7 @@ func TestCommands(t *testing.T) {
 // serving runs the program until stop is called, whose error is that of run.
 func serving(t *testing.T, env map[string]string) (v *service, stop func() error) {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0") // for a port that is free
-	if err != nil {
-		t.Fatal(err)
-	}
-	env["HOST"], env["PORT"], _ = net.SplitHostPort(listener.Addr().String())
-	listener.Close()
+	env["HOST"], env["PORT"] = "127.0.0.1", steadyPort(t)
 	if _, set := env["METRICS_ADDR"]; !set {
 		env["METRICS_ADDR"] = ""
 	}
@@ -752,7 +747,7 @@ func serving(t *testing.T, env map[string]string) (v *service, stop func() error
 		select {
 		case err := <-done:
 			return err
-		case <-time.After(20 * time.Second):
+		case <-time.After(time.Minute):
 			return fmt.Errorf("the program does not stop")
 		}
 	}

@@ -159,6 +159,12 @@ var databaseNumber atomic.Int64
 // those of programEnv; its issuer is its own address, and its log that of all.
 func newService(t testing.TB, env ...string) *service {
 	t.Helper()
+	return newServiceProgram(t, env...).service
+}
+
+// newServiceProgram is newService for a test that needs the log of its own, too.
+func newServiceProgram(t testing.TB, env ...string) *program {
+	t.Helper()
 	v := &service{t: t, watched: true, env: programEnv("", "", append([]string{"ISSUER", "", "LOG_LEVEL", "debug"}, env...)...)}
 	if v.env["DATABASE_URL"] == "" {
 		v.env["DATABASE_URL"] = newDatabase(t)
@@ -166,8 +172,7 @@ func newService(t testing.TB, env ...string) *service {
 	if v.env["REDIS_URL"] == "" {
 		v.env["REDIS_URL"] = newRedis(t)
 	}
-	v.launch(v.env["DATABASE_URL"], v.env["REDIS_URL"])
-	return v
+	return v.launch(v.env["DATABASE_URL"], v.env["REDIS_URL"])
 }
 
 // another starts a further copy beside the same stores.
@@ -238,7 +243,7 @@ func newRedis(t testing.TB) string {
 
 func (v *service) eventually(what string, done func() bool) {
 	v.t.Helper()
-	for end := time.Now().Add(20 * time.Second); !done(); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !done(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			v.t.Fatalf("waited in vain until %s", what)
 		}

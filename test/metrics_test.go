@@ -524,7 +524,9 @@ func TestNoLabelOfMetricsIsFromARequest(t *testing.T) {
 		p.want(p.form(p.id, p.secret, "/introspect", "token="+x), 200, "")
 	}
 	hostile(0)
-	time.Sleep(50 * time.Millisecond) // the last is counted after its answer
+	p.eventually("the last is counted", func() bool { // which is after its answer
+		return p.metric(`agentidp_http_requests_total{route="POST /api/v1/token/introspect",status="200"}`) == 1
+	})
 	before := series(p.scrape())
 	for round := 1; round < 4; round++ {
 		hostile(round)

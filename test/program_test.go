@@ -120,8 +120,8 @@ func (p *process) stop(t testing.TB, sig syscall.Signal) error {
 	p.cmd.Process.Signal(sig) // fails if it has ended
 	select {
 	case <-p.exited:
-	case <-time.After(30 * time.Second):
-		t.Errorf("%s did not stop within 30 s of %s", p.name, sig)
+	case <-time.After(time.Minute):
+		t.Errorf("%s did not stop within a minute of %s", p.name, sig)
 		p.kill()
 	}
 	return p.err
@@ -271,7 +271,7 @@ func (p *postgresServer) kill() {
 
 func (p *postgresServer) wait() {
 	p.t.Helper()
-	for end := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 		conn, err := pgx.Connect(context.Background(), p.url())
 		if err == nil {
 			conn.Close(context.Background())
@@ -314,7 +314,7 @@ func (r *redisServer) start() {
 	}
 	os.Remove(r.socket)
 	r.process = startProcess(r.t, exec.Command(program, "--port", "0", "--unixsocket", r.socket, "--dir", r.folder, "--save", ""), syscall.SIGKILL)
-	for end := time.Now().Add(10 * time.Second); r.client.Ping(context.Background()).Err() != nil; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); r.client.Ping(context.Background()).Err() != nil; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(end) {
 			r.t.Fatal("a Redis of the test's own does not start")
 		}

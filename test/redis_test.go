@@ -107,7 +107,7 @@ func TestLimitsOutliveAFailOverBySentinels(t *testing.T) {
 		p := startProcess(t, exec.Command("redis-server", args...), syscall.SIGKILL)
 		client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:" + port, MaxRetries: -1})
 		defer client.Close()
-		for end := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
 			if err := client.Ping(context.Background()).Err(); err == nil || strings.HasPrefix(err.Error(), "NOAUTH") {
 				return p
 			}

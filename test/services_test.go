@@ -82,7 +82,7 @@ func (v *servicesRun) killAll(word string) {
 
 func (v *servicesRun) until(why string, done func() bool) {
 	v.t.Helper()
-	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(5 * time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) { // it may have to build
 		if done() {
 			return
 		}

@@ -638,9 +638,7 @@ func TestEveryStateOnEveryPath(t *testing.T) {
 			v.want(v.api(v.bearer, "PATCH", "/agents/"+c.id, `{"status":"active"}`), 200, "")
 		}, 401, "invalid_client", false},
 		{"credential expired", func(c *client) {
-			v.setExpiry(c.credentialID, time.Now().Add(2*time.Second))
-			c.token = v.token(c.id, c.secret, "")
-			v.eventually("the credential has expired", func() bool { return v.grant(c.id, c.secret, "").status == 401 })
+			v.setExpiry(c.credentialID, time.Now())
 		}, 401, "invalid_client", false},
 		{"secret replaced", func(c *client) {
 			v.want(v.api(v.bearer, "POST", "/agents/"+c.id+"/credentials/"+c.credentialID+"/rotate", "{}"), 200, "")

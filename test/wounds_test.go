@@ -839,14 +839,17 @@ var clientWounds = []wound{
 		if err := v.db.QueryRow(t.Context(), `select secret_hash from credentials where client_id = $1`, v.id).Scan(&hash); err != nil {
 			t.Fatal(err)
 		}
-		begun := time.Now()
-		if bcrypt.CompareHashAndPassword([]byte(hash), []byte(v.secret)) != nil {
-			t.Fatal("the hash is not the secret's")
+		slow := time.Hour
+		for range 3 {
+			begun := time.Now()
+			if bcrypt.CompareHashAndPassword([]byte(hash), []byte(v.secret)) != nil {
+				t.Fatal("the hash is not the secret's")
+			}
+			slow = min(slow, time.Since(begun))
 		}
-		slow := time.Since(begun)
 		quickest := func(id string) (best time.Duration, text string) {
 			best = time.Hour
-			for range 5 {
+			for n := 0; n < 5 || n < 200 && best > slow/2; n++ { // others may make it slow, and nobody makes it quick
 				begun := time.Now()
 				a := v.form(id, newSecret(), "", "grant_type=client_credentials")
 				best = min(best, time.Since(begun))
