@@ -524,6 +524,7 @@ func TestSecretsAreReplacedWithoutAGap(t *testing.T) {
 
 // Of concurrent changes of one credential exactly one is the last.
 func TestCredentialRacesHaveOneWinner(t *testing.T) {
+	t.Parallel()
 	v := newService(t)
 	two := v.another()
 	id := v.newAgent("resumes:read")

@@ -241,7 +241,7 @@ func (v *service) logged(requestID string) (line map[string]any) {
 	v.eventually("request "+requestID+" is logged", func() bool {
 		for text := range strings.Lines(testLog.String()) {
 			var fields map[string]any
-			if json.Unmarshal([]byte(text), &fields) == nil && (fields["msg"] == "request" || fields["msg"] == "check") && fields["requestId"] == requestID {
+			if strings.Contains(text, requestID) && json.Unmarshal([]byte(text), &fields) == nil && (fields["msg"] == "request" || fields["msg"] == "check") && fields["requestId"] == requestID {
 				line = fields
 			}
 		}
@@ -659,6 +659,7 @@ func TestEveryFaultOfTheEnvironmentIsReportedAtOnce(t *testing.T) {
 }
 
 func TestCommands(t *testing.T) {
+	t.Parallel()
 	v := newService(t)
 	for _, arg := range []string{"-h", "-help", "--help"} {
 		out, err := command(t.Context(), nil, io.Discard, arg)
@@ -773,6 +774,7 @@ func (v *service) ready() int {
 }
 
 func TestStoryOfAnOperator(t *testing.T) {
+	t.Parallel()
 	env := map[string]string{"DATABASE_URL": newDatabase(t), "REDIS_URL": newRedis(t), "LOG_LEVEL": "debug", "DRAIN_TIME": "1s"}
 	var err error
 	if env["JWT_PRIVATE_KEY"], err = command(t.Context(), env, testLog, "keygen"); err != nil {

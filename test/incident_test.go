@@ -129,6 +129,7 @@ func (d *drill) wantEvidence(evidence string, secrets ...string) {
 var oneEvent = regexp.MustCompile(`1 of agent.created success from 127.0.0.1\n +the first at \S+Z\n +the last at \S+Z\n`)
 
 func TestIncidentDrill(t *testing.T) {
+	t.Parallel()
 	p := newProgram(t, newPostgres(t).url(), newRedisServer(t).url())
 	q, stranger := p.another(), p.another("ISSUER", "http://another.test")
 	d := newDrill(p)

@@ -243,6 +243,7 @@ func requests(r, status string) string {
 
 // Every number moves by its cause, and by nothing else.
 func TestMetricsFollowWhatHappens(t *testing.T) {
+	t.Parallel()
 	p := newProgram(t, newDatabase(t), newRedis(t), "METRICS_ADDR", metricsOn, "CORS_ORIGIN", "https://console.example.com")
 	id, secret := p.newClient("resumes:read")
 	wrong := "sk_live_" + strings.Repeat("0", 64)
@@ -632,6 +633,7 @@ func TestMetricsAreServedOnTheirOwnAddressAlone(t *testing.T) {
 
 // What alerts and the dashboard ask for is there: names, labels and routes.
 func TestAlertsAndDashboardUseMetricsThatExist(t *testing.T) {
+	t.Parallel()
 	p := newProgram(t, newDatabase(t), newRedis(t), "METRICS_ADDR", metricsOn)
 	p.want(p.form(p.id, "x", "", "grant_type=client_credentials"), 401, "invalid_client")
 	p.want(p.api("x", "GET", "/agents", ""), 401, "UNAUTHORIZED")
@@ -761,6 +763,7 @@ func TestAlertsAndDashboardUseMetricsThatExist(t *testing.T) {
 }
 
 func TestMetricsCanBeSwitchedOff(t *testing.T) {
+	t.Parallel()
 	listening := func(p *program) (n int) { // of its sockets, in state LISTEN of proc(5)
 		inodes := map[string]bool{}
 		for _, kind := range []string{"tcp", "tcp6"} {

@@ -185,6 +185,7 @@ func (ro *rotation) settle() {
 }
 
 func TestKeysRotateByHangupUnderLoad(t *testing.T) {
+	t.Parallel()
 	for name, keys := range map[string][2]string{"RS256": {testKey(), secondKey()}, "RS256 to ES256": {testKey(), ellipticKey()}} {
 		t.Run(name, func(t *testing.T) { rotateByHangup(t, keys[0], keys[1]) })
 	}
@@ -268,6 +269,7 @@ func rotateByHangup(t *testing.T, old, next string) {
 }
 
 func TestHangupWithWrongFilesKeepsTheKeys(t *testing.T) {
+	t.Parallel()
 	files := newKeyFiles(t, testKey(), "")
 	database := filepath.Join(t.TempDir(), "database")
 	postgres := newPostgres(t)
@@ -324,6 +326,7 @@ func TestHangupWithWrongFilesKeepsTheKeys(t *testing.T) {
 // Keys that are given by value are the same again; and a hangup while it starts
 // doesn't end it.
 func TestHangupIsHarmless(t *testing.T) {
+	t.Parallel()
 	postgres := newPostgres(t)
 	p := newProgram(t, postgres.url(), newRedisServer(t).url())
 	for range 3 {
@@ -493,6 +496,7 @@ func TestExportOfAnAlteredLogNamesTheSeq(t *testing.T) {
 
 // The real program, with 20,000 events of 2 kB.
 func TestExportStreams(t *testing.T) {
+	t.Parallel()
 	const events = 20_000
 	history := make([]servedEvent, 0, events)
 	at, metadata := time.Now().Add(-time.Hour), json.RawMessage(`{"note":"`+strings.Repeat("x", 2000)+`"}`)

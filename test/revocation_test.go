@@ -341,6 +341,7 @@ const (
 )
 
 func TestServiceDoesWithoutRedis(t *testing.T) {
+	t.Parallel()
 	const limit, quota = 50, 30
 	env := map[string]string{"REDIS_URL": newRedis(t)}
 	proxy := proxyRedis(t, env)

@@ -91,6 +91,7 @@ func (v *servicesRun) until(why string, done func() bool) {
 }
 
 func TestNothingStaysOfServicesWhateverIsKilled(t *testing.T) {
+	t.Parallel()
 	for name, end := range map[string]func(v *servicesRun){
 		"CMD ends":                 func(v *servicesRun) { v.command.signal(syscall.SIGTERM) },
 		"CMD is killed":            func(v *servicesRun) { v.command.kill() },
@@ -132,6 +133,7 @@ func (v *servicesRun) folders() (names []string) {
 
 // What is kept may be deleted while it is used, or while it is put away.
 func TestKeptServicesEndWhenTheirFolderIsDeleted(t *testing.T) {
+	t.Parallel()
 	for name, end := range map[string]func(v *servicesRun){
 		"before":  func(v *servicesRun) { os.RemoveAll(v.keep); v.command.signal(syscall.SIGTERM) },
 		"at once": func(v *servicesRun) { v.command.signal(syscall.SIGTERM); os.RemoveAll(v.keep) },
@@ -151,6 +153,7 @@ func TestKeptServicesEndWhenTheirFolderIsDeleted(t *testing.T) {
 
 // The terminal of 'make run' is closed: make leads its session, or a shell does.
 func TestRunEndsWithItsTerminal(t *testing.T) {
+	t.Parallel()
 	for name, command := range map[string]string{"make leads": "make run", "a shell leads": "bash -ic 'make run; true'"} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
