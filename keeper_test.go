@@ -119,3 +119,42 @@ func TestSlowAnswerLeavesTheClock(t *testing.T) {
 		}
 	}
 }
+
+// Copies that sweep at the same time don't wait for each other: one does it.
+func TestOneCopySweepsAtATime(t *testing.T) {
+	t.Parallel()
+	s, _, _ := newServer(t)
+	ctx := t.Context()
+	left := func() (n int) {
+		t.Helper()
+		if err := s.db.QueryRow(ctx, `select count(*) from token_revocations`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	if _, err := s.db.Exec(ctx, `insert into token_revocations select gen_random_uuid(), now() - interval '1 hour' from generate_series(1, 15000)`); err != nil {
+		t.Fatal(err)
+	}
+	another, err := s.db.Begin(ctx)
+	if err == nil {
+		_, err = another.Exec(ctx, `select pg_advisory_xact_lock($1)`, sweepLock)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		name string
+		want int
+	}{{"while another does", 15000}, {"when it has done so", 5000}, {"again", 0}} {
+		if row.want < 15000 && another != nil {
+			if err := another.Rollback(ctx); err != nil {
+				t.Fatal(err)
+			}
+			another = nil
+		}
+		s.swept = time.Time{}
+		if err := s.keepPostgres(ctx); err != nil || left() != row.want {
+			t.Errorf("%s: it sweeps with %v, and %d are left, want %d", row.name, err, left(), row.want)
+		}
+	}
+}

@@ -342,6 +342,7 @@ const (
 	schemaLock = 0x4167_656e_7401 + iota
 	chainLock
 	agentLock
+	sweepLock
 )
 
 //go:embed schema.sql
