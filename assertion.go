@@ -3,9 +3,7 @@ package main
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
-	"net/url"
 	"slices"
 	"time"
 
@@ -21,48 +19,18 @@ const (
 	maxKeysTried  = 5 // where the assertion doesn't say which
 )
 
-// showsAssertion tells whether the client means to prove itself by one.
-func showsAssertion(form url.Values) bool {
-	return form.Get("client_assertion") != "" || form.Get("client_assertion_type") != ""
-}
-
-// authenticateByAssertion takes an assertion in place of a secret. Whatever is wrong
-// with it counts as a failure of its address; one that is right never waits for
-// others of that.
-func (s *server) authenticateByAssertion(r *request) error {
-	if r.form.Get("client_secret") != "" || r.Header.Get("Authorization") != "" {
-		return errTwoMethods
-	}
-	if r.form.Get("client_assertion_type") != assertionType || r.form.Get("client_assertion") == "" {
-		return errForm.because("There must be both client_assertion and client_assertion_type=" + assertionType + ".")
-	}
-	o, err := s.checkAssertion(r)
-	why, refused := errors.AsType[*problem](err)
-	switch {
-	case err == nil:
-		r.caller = o.caller
-		return nil
-	case !refused: // a store's fault
-		return err
-	}
-	if _, err := s.admitFailure(r.Context(), addressKey(r.addr), r.out); err != nil {
-		return err
-	}
-	return s.refused(r, newEvent(authFailed, o.AgentID, facts{"reason": why.oauth}), why)
-}
-
-// checkAssertion returns whose assertion it is. It is good once, on all copies: who
+// checkAssertion returns whose key has signed it. It is good once, on all copies: who
 // has seen one on its way can't use it again.
-func (s *server) checkAssertion(r *request) (o client, err error) {
-	a, err := readAssertion(r.form.Get("client_assertion"), s.cfg.issuer, s.now())
-	if err == nil && a.issuer != a.sub {
-		err = errors.New("must have the client_id as both iss and sub")
-	}
-	if id := r.form.Get("client_id"); err == nil && id != "" && id != a.sub {
-		err = errors.New("must have the client_id of the form as its sub")
-	}
+func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
+	err = a.check(s.now(), assertionLife, []string{"JWT", "client-authentication+jwt"}, []string{s.cfg.issuer}, "iss", "sub", "jti")
 	if err != nil {
-		return o, errBadAssertion.because("The client_assertion " + err.Error() + ".")
+		return o, err
+	}
+	if a.issuer != a.sub {
+		return o, flaw("must have the client_id as both iss and sub")
+	}
+	if id := r.form.Get("client_id"); id != "" && id != a.sub {
+		return o, flaw("must have the client_id of the form as its sub")
 	}
 	o.AgentID = a.sub // for the log
 	clients, err := loadKeys(r.Context(), s.db, a.sub, a.kid)
@@ -76,11 +44,16 @@ func (s *server) checkAssertion(r *request) (o client, err error) {
 	if o = clients[i]; o.refusal() != nil {
 		return o, o.refusal()
 	}
-	first, err := s.used.put(r.Context(), use{useID(a.issuer, a.id), a.exp}).wait()
+	return o, s.useAssertion(r.Context(), a)
+}
+
+// useAssertion remembers it, and fails where it was used before, on any copy.
+func (s *server) useAssertion(ctx context.Context, a assertion) error {
+	first, err := s.used.put(ctx, use{useID(a.issuer, a.id), a.exp}).wait()
 	if err == nil && !first {
-		err = errBadAssertion.because("The client_assertion was used before; each needs a jti of its own.")
+		err = flaw("was used before; each needs a jti of its own")
 	}
-	return o, err
+	return err
 }
 
 // loadKeys returns the client once for each key that may have signed: that

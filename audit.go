@@ -42,14 +42,34 @@ var actions = []string{
 // is alive. What cuts an agent off is a change that concerns it. So a change
 // either commits before the cut, or sees it, however long ago it was let in.
 func (s *server) change(r *request, concerned string, do func(context.Context, pgx.Tx) (event, error)) error {
+	whom := func(context.Context, pgx.Tx) ([]string, error) { return []string{concerned}, nil }
+	return s.changeAll(r, whom, func(ctx context.Context, tx pgx.Tx, _ []string) ([]event, error) {
+		e, err := do(ctx, tx)
+		if err != nil || e.Action == "" {
+			return nil, err
+		}
+		return []event{e}, nil
+	})
+}
+
+// changeAll is a change that concerns several agents, and leaves as many events.
+func (s *server) changeAll(r *request, whom func(context.Context, pgx.Tx) ([]string, error), do func(context.Context, pgx.Tx, []string) ([]event, error)) error {
 	ctx, head := r.Context(), int64(0)
 	err := pgx.BeginFunc(ctx, s.db, func(tx pgx.Tx) error {
-		if err := r.caller.enter(ctx, tx, concerned); err != nil {
+		concerned, err := whom(ctx, tx)
+		if err == nil {
+			err = r.caller.enter(ctx, tx, concerned)
+		}
+		if err != nil {
 			return err
 		}
-		e, err := do(ctx, tx)
-		if err == nil && e.Action != "" {
-			head, err = appendEvents(ctx, tx, []entry{{event: e.by(r)}}, false)
+		events, err := do(ctx, tx, concerned)
+		var entries []entry
+		for _, e := range events {
+			entries = append(entries, entry{event: e.by(r)})
+		}
+		if err == nil && entries != nil {
+			head, err = appendEvents(ctx, tx, entries, false)
 		}
 		return err
 	})

@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -137,7 +139,7 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 // Bcrypt isn't run for what would be refused anyway: the prefix of a secret that
 // has ended is known to many.
 func (s *server) authenticateClient(r *request) error {
-	if showsAssertion(r.form) {
+	if showsAssertion(r.form) || s.tradesAssertion(r) {
 		return s.authenticateByAssertion(r)
 	}
 	id, plain, err := clientSecret(r)
@@ -179,6 +181,60 @@ func (s *server) authenticateClient(r *request) error {
 		why = o.refusal()
 	}
 	return s.refused(r, newEvent(authFailed, id, facts{"reason": why.oauth}), why)
+}
+
+// showsAssertion tells whether the client means to prove itself by one.
+func showsAssertion(form url.Values) bool {
+	return form.Get("client_assertion") != "" || form.Get("client_assertion_type") != ""
+}
+
+// tradesAssertion tells whether it has an assertion of a workload for its grant,
+// which proves who it is too (RFC 7523, section 3.1).
+func (s *server) tradesAssertion(r *request) bool {
+	return r.form.Get("grant_type") == jwtBearerGrant && r.route.records == tokenIssued && len(*s.issuers.Load()) > 0
+}
+
+// authenticateByAssertion takes an assertion in place of a secret. Whatever is wrong
+// with it counts as a failure of its address; one that is right never waits for
+// others of that.
+func (s *server) authenticateByAssertion(r *request) error {
+	text, kind, name := r.form.Get("client_assertion"), r.form.Get("client_assertion_type"), "client_assertion"
+	asGrant, bad := s.tradesAssertion(r), errBadAssertion
+	if asGrant {
+		text, name, bad = r.form.Get("assertion"), "assertion", errBadGrant
+	}
+	switch {
+	case r.form.Get("client_secret") != "" || r.Header.Get("Authorization") != "" || asGrant && showsAssertion(r.form):
+		return errTwoMethods
+	case asGrant && text == "":
+		return errForm.because("There must be an assertion, which is what this grant_type trades.")
+	case !asGrant && (text == "" || kind != assertionType && kind != spiffeAssertion):
+		return errForm.because("There must be both client_assertion and client_assertion_type=" + assertionType + ".")
+	}
+	var o client
+	a, err := readAssertion(text)
+	if trusted := (*s.issuers.Load())[a.issuer]; err == nil && trusted != nil {
+		o, err = s.checkWorkload(r, trusted, a, asGrant)
+	} else if err == nil && (asGrant || len(*s.issuers.Load()) > 0 && !isID(a.issuer)) {
+		err = flaw("must be of an issuer that is trusted here")
+	} else if err == nil {
+		o, err = s.checkAssertion(r, a)
+	}
+	if fault, ok := errors.AsType[flaw](err); ok {
+		err = bad.because("The " + name + " " + string(fault) + ".")
+	}
+	why, refused := errors.AsType[*problem](err)
+	switch {
+	case err == nil:
+		r.caller = o.caller
+		return nil
+	case !refused || why.status == http.StatusServiceUnavailable || why.oauth == errForm.oauth: // a fault, or a right one that lacks something
+		return err
+	}
+	if _, err := s.admitFailure(r.Context(), addressKey(r.addr), r.out); err != nil {
+		return err
+	}
+	return s.refused(r, newEvent(authFailed, o.AgentID, facts{"reason": why.oauth}), why)
 }
 
 // clientSecret finds the one client_id and secret in a request.

@@ -25,9 +25,10 @@ var ourScopes = []string{agentsRead, agentsWrite, tokensRead, auditRead, credent
 // A caller is who sent a request, as it has proved.
 type caller struct {
 	origin
-	scopes    []string // of the token, or all of the agent's where it showed a credential
-	expiresAt *moment  // of the credential shown
-	allowance          // of a token the rate limit alone
+	scopes    []string       // of the token, or all of the agent's where it showed a credential
+	expiresAt *moment        // of the credential shown
+	proved    map[string]any // what the event of a token says of how
+	allowance                // of a token the rate limit alone
 }
 
 // An allowance is what an agent can't change of itself.
@@ -98,8 +99,8 @@ func (s *server) quotaOf(c caller) int { return *cmp.Or(c.MonthlyTokenLimit, &s.
 
 // enter locks in the order of ids, so that two agents which change each other
 // don't wait for each other. An operator, who has no id, is always alive.
-func (c caller) enter(ctx context.Context, tx pgx.Tx, concerned string) error {
-	ids := slices.DeleteFunc([]string{c.AgentID, concerned}, func(id string) bool { return !isID(id) })
+func (c caller) enter(ctx context.Context, tx pgx.Tx, concerned []string) error {
+	ids := slices.DeleteFunc(append([]string{c.AgentID}, concerned...), func(id string) bool { return !isID(id) })
 	err := execSQL(ctx, tx, "locking agents", `
 		select from agents
 		where agent_id = any($1)

@@ -25,6 +25,7 @@ type config struct {
 	redis             *redis.Options
 	sentinel          *redis.FailoverOptions // in its place, where REDIS_URL names a master
 	keys              *keyset
+	workloads         workloadConfig
 	host, corsOrigin  string
 	issuer            string
 	tokenTTL          time.Duration
@@ -56,6 +57,8 @@ func (cfg config) path() string {
 
 func (cfg config) listen() string { return net.JoinHostPort(cfg.host, strconv.Itoa(cfg.port)) }
 
+const filed = 5 // variables that may be in a file
+
 // A variable of the environment. Where preset is *, a value is required.
 type variable struct {
 	name, preset, about string
@@ -63,13 +66,14 @@ type variable struct {
 }
 
 // variables are all that the program reads from its environment, into cfg. The
-// first four can also be given as NAME_FILE.
+// first filed can also be given as NAME_FILE.
 func (cfg *config) variables() []variable {
 	return []variable{
 		{"DATABASE_URL", "*", "a PostgreSQL database, 14 or later, as createdb makes one: postgres://user:password@host:5432/agentidp", into(&cfg.database, parseDatabase)},
 		{"REDIS_URL", "*", "a Redis database, 6.2 or later, for this service alone, as redis-server has 16: redis://default:password@host:6379/0", cfg.parseRedis},
 		{"JWT_PRIVATE_KEY", "*", "the key that signs, as PEM: RSA of 2048 bits or more (RS256), or P-256 (ES256); make one with: go run . keygen", into(&cfg.keys, newKeyset)},
 		{"JWT_PUBLIC_KEY", "", "further keys that verify and are published, as PEM blocks one after another", func(v string) error { return cfg.keys.publish(v) }},
+		{"WORKLOAD_ISSUERS", "", `issuers that are trusted to say which workload somebody is, as JSON: {"https://issuer.example.com": {"jwksUri": "https://..."}}; or "jwks", beside it "singleUse" and "allowPrivate"`, into(&cfg.workloads, parseWorkloads)},
 		{"PORT", "3000", "port to listen on, from 0 to 65535", into(&cfg.port, parseWhole(0, 65535))},
 		{"HOST", "", "address to listen on; all of them if empty", func(v string) error { cfg.host = strings.Trim(v, "[]"); return nil }},
 		{"ISSUER", "", "URL of the service as clients see it, without a slash at the end; http://localhost:PORT if empty", into(&cfg.issuer, parseIssuer)},
@@ -102,7 +106,7 @@ func into[T any](field *T, parse func(string) (T, error)) func(string) error {
 var shownPattern = regexp.MustCompile(`^[A-Za-z0-9.:/, -]{1,20}$`)
 
 // loadConfig reports every fault at once, of the variables that are needed (none:
-// of all), and repeats no part of a secret. What sets one of the first four says
+// of all), and repeats no part of a secret. What sets one of the first filed says
 // in words of ours why it can't, since those of a driver quote.
 func loadConfig(getenv func(string) (string, bool), needed ...string) (config, error) {
 	var cfg config
@@ -111,10 +115,10 @@ func loadConfig(getenv func(string) (string, bool), needed ...string) (config, e
 		if needed != nil && !slices.Contains(needed, v.name) {
 			continue
 		}
-		value, fault := v.read(getenv, i < 4)
+		value, fault := v.read(getenv, i < filed)
 		if fault == nil && value != "" {
 			if reason := v.set(value); reason != nil {
-				if fault = errors.New("is not right"); i < 4 {
+				if fault = errors.New("is not right"); i < filed {
 					fault = fmt.Errorf("is not right, %w", reason)
 				} else if shownPattern.MatchString(value) {
 					fault = errors.New("is not right, it was " + value)
@@ -127,6 +131,9 @@ func loadConfig(getenv func(string) (string, bool), needed ...string) (config, e
 	}
 	if cfg.issuer == "" {
 		cfg.issuer = fmt.Sprintf("http://localhost:%d", cfg.port)
+	}
+	if cfg.workloads.issuers[cfg.issuer] != nil {
+		wrong = append(wrong, errors.New("WORKLOAD_ISSUERS is not right, it has ISSUER itself"))
 	}
 	return cfg, errors.Join(wrong...)
 }

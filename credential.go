@@ -27,17 +27,19 @@ import (
 type credential struct {
 	CredentialID  string  `json:"credentialId"`
 	ClientID      string  `json:"clientId"`
-	Kind          string  `json:"kind"`   // secret or key
+	Kind          string  `json:"kind"`   // secret, key or workload
 	Status        string  `json:"status"` // active or revoked
 	CreatedAt     moment  `json:"createdAt"`
 	ExpiresAt     *moment `json:"expiresAt"`
 	RevokedAt     *moment `json:"revokedAt"`
 	SecretPrefix  *string `json:"secretPrefix"`  // of a secret
 	KeyThumbprint *string `json:"keyThumbprint"` // of a key (RFC 7638)
+
+	Workload *workload `json:"workload"`
 }
 
 const credentialColumns = `credential_id, client_id, kind, status, created_at, expires_at, revoked_at,
-	case when kind = 'secret' then secret_prefix end as secret_prefix, key_thumbprint`
+	case when kind = 'secret' then secret_prefix end as secret_prefix, key_thumbprint, workload`
 
 // A newCredential shows the secret, once, if it is one.
 type newCredential struct {
@@ -46,14 +48,25 @@ type newCredential struct {
 }
 
 // A proof is what a request for a credential may have: until when it is good (none:
-// until it is revoked), and the key where it is to be no secret.
+// until it is revoked), and the key or the workload where it is to be no secret.
 type proof struct {
 	expiresAt *time.Time
 	key       *jwk
+	workload  *workload
+}
+
+func (p proof) kind() string {
+	switch {
+	case p.key != nil:
+		return "key"
+	case p.workload != nil:
+		return "workload"
+	}
+	return "secret"
 }
 
 func (s *server) readProof(in *inputs) proof {
-	return proof{
+	p := proof{
 		take(in, "expiresAt", parsed("must be a time in the future, like 2030-01-01T00:00:00Z", func(text string) (time.Time, error) {
 			t, err := time.Parse(time.RFC3339, text)
 			if !t.After(s.now()) || t.UTC().Year() > 9999 {
@@ -62,7 +75,12 @@ func (s *server) readProof(in *inputs) proof {
 			return t, err
 		})),
 		take(in, "publicKey", readJWK),
+		take(in, "workload", s.readWorkload),
 	}
+	if p.key != nil && p.workload != nil {
+		in.faults["workload"] = "can't be there beside a publicKey; each is a credential of its own"
+	}
+	return p
 }
 
 func (s *server) createCredential(r *request) (any, error) {
@@ -84,9 +102,8 @@ func (s *server) giveProof(r *request, credentialID, did string) (any, error) {
 	if _, err := mayManage(r.Context(), s.db, r.caller, agentID, "active"); err != nil { // who may not gets no turn at hashing
 		return nil, err
 	}
-	row := credentialRow{credentialID: credentialID, clientID: agentID, kind: "key", prefix: plain.prefix(), secretID: s.newID(), proof: q}
-	if q.key == nil {
-		row.kind = "secret"
+	row := credentialRow{credentialID, agentID, plain.prefix(), nil, s.newID(), q}
+	if q.kind() == "secret" {
 		if row.hash, err = s.vault.hash(r.Context(), plain); err != nil {
 			return nil, err
 		}
@@ -104,9 +121,12 @@ func (s *server) giveProof(r *request, credentialID, did string) (any, error) {
 		if c.KeyThumbprint != nil {
 			f["keyThumbprint"] = c.KeyThumbprint
 		}
+		if c.Workload != nil {
+			f["workload"] = c.Workload
+		}
 		return newEvent(did, agentID, f), err
 	})
-	if q.key != nil {
+	if q.kind() != "secret" {
 		plain = ""
 	}
 	return newCredential{c, plain.reveal()}, err
@@ -163,10 +183,10 @@ func (s *server) revokeCredential(r *request) (any, error) {
 
 // A credentialRow is what storing a credential takes.
 type credentialRow struct {
-	credentialID, clientID, kind string
-	prefix                       string
-	hash                         []byte // none of a key
-	secretID                     string
+	credentialID, clientID string
+	prefix                 string
+	hash                   []byte // of a secret
+	secretID               string
 	proof
 }
 
@@ -179,13 +199,15 @@ func storeCredential(ctx context.Context, tx pgx.Tx, row credentialRow) (credent
 		thumbprint = &text
 	}
 	c, err := one[credential](ctx, tx, nil, "storing credential", `
-		insert into credentials (credential_id, client_id, kind, secret_prefix, secret_hash, secret_id, expires_at, public_key, key_thumbprint)
-		values ($1, $2, $3, $4, $5, $6, date_trunc('milliseconds', $7::timestamptz), $8, $9)
+		insert into credentials (credential_id, client_id, kind, secret_prefix, secret_hash, secret_id, expires_at,
+			public_key, key_thumbprint, workload)
+		values ($1, $2, $3, $4, $5, $6, date_trunc('milliseconds', $7::timestamptz), $8, $9, $10)
 		on conflict (credential_id) do update
 		set secret_prefix = excluded.secret_prefix, secret_hash = excluded.secret_hash, secret_id = excluded.secret_id,
-			expires_at = excluded.expires_at, public_key = excluded.public_key, key_thumbprint = excluded.key_thumbprint
+			expires_at = excluded.expires_at, public_key = excluded.public_key, key_thumbprint = excluded.key_thumbprint,
+			workload = excluded.workload
 		returning `+credentialColumns,
-		row.credentialID, row.clientID, row.kind, row.prefix, string(row.hash), row.secretID, row.expiresAt, row.key, thumbprint)
+		row.credentialID, row.clientID, row.kind(), row.prefix, string(row.hash), row.secretID, row.expiresAt, row.key, thumbprint, row.workload)
 	if refusal, ok := errors.AsType[*pgconn.PgError](err); ok && refusal.ConstraintName == "credentials_key_thumbprint" {
 		err = errKeyTaken
 	}
@@ -198,8 +220,14 @@ func (row credentialRow) checkRotation(ctx context.Context, tx pgx.Tx) error {
 	switch {
 	case err != nil:
 		return err
-	case old.Kind != row.kind:
-		return errValidation.with(map[string]any{"publicKey": "must be there for a credential that is a key, and only then; this is a " + old.Kind})
+	case old.Kind != row.kind():
+		faults := map[string]any{}
+		for field, kind := range map[string]string{"publicKey": "key", "workload": "workload"} {
+			if (row.kind() == kind) != (old.Kind == kind) {
+				faults[field] = "must be there for a credential that is a " + kind + ", and only then; this is a " + old.Kind
+			}
+		}
+		return errValidation.with(faults)
 	case row.key != nil && old.KeyThumbprint != nil && row.key.thumbprint() == *old.KeyThumbprint:
 		return errKeyTaken
 	}
@@ -252,7 +280,7 @@ func (s *server) bootstrap(ctx context.Context, address string, othersAreLost bo
 		if err != nil {
 			return event{}, err
 		}
-		c, err := storeCredential(ctx, tx, credentialRow{s.newID(), a.AgentID, "secret", plain.prefix(), hash, s.newID(), proof{}})
+		c, err := storeCredential(ctx, tx, credentialRow{s.newID(), a.AgentID, plain.prefix(), hash, s.newID(), proof{}})
 		if err == nil { // before it is there: nobody could use one whose secret was not printed
 			_, err = fmt.Fprintf(stdout, "client_id: %s\nclient_secret: %s\n", a.AgentID, plain.reveal())
 			printed = true

@@ -16,6 +16,10 @@ func (s *server) showKeys(r *request) (any, error) {
 func (s *server) showMetadata(r *request) (any, error) {
 	r.out.Set("Cache-Control", "public, max-age=300")
 	issuer, methods := s.cfg.issuer, []string{"client_secret_basic", "client_secret_post", "private_key_jwt"}
+	grants := []string{"client_credentials"}
+	if len(*s.issuers.Load()) > 0 {
+		grants = append(grants, jwtBearerGrant)
+	}
 	metadata := map[string]any{
 		"issuer":                                issuer,
 		"authorization_endpoint":                issuer + "/api/v1/authorize",
@@ -23,7 +27,7 @@ func (s *server) showMetadata(r *request) (any, error) {
 		"introspection_endpoint":                issuer + "/api/v1/token/introspect",
 		"revocation_endpoint":                   issuer + "/api/v1/token/revoke",
 		"jwks_uri":                              issuer + "/.well-known/jwks.json",
-		"grant_types_supported":                 []string{"client_credentials"},
+		"grant_types_supported":                 grants,
 		"response_types_supported":              []string{"none"},
 		"code_challenge_methods_supported":      []string{"S256"},
 		"scopes_supported":                      ourScopes,

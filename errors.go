@@ -42,6 +42,7 @@ var (
 	errNoClient       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "Client authentication is needed: HTTP Basic, or client_id and client_secret in the body; not in the URL, and by no other scheme."}
 	errBadClient      = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The client_id (an agentId) is unknown, or its client_secret (sk_live_ and 64 hex digits) is wrong, revoked or expired."}
 	errBadAssertion   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "No active key of this client has signed the client_assertion."}
+	errBadGrant       = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_grant", message: "The assertion is not right."}
 	errClientInactive = &problem{status: 403, code: "AGENT_NOT_ACTIVE", oauth: "unauthorized_client", message: "The agent is not active."}
 	errQuota          = &problem{status: 403, code: "FREE_TIER_LIMIT_EXCEEDED", oauth: "unauthorized_client", message: "The monthly quota is spent."}
 	errForbidden      = &problem{status: 403, code: "FORBIDDEN", oauth: "insufficient_scope", message: "The token does not allow this."}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
@@ -53,7 +54,7 @@ func readJWK(value any) (k jwk, err error) {
 			return k, fmt.Errorf("must have text as its %s", name)
 		}
 	}
-	if use := members["use"]; use != nil && use != "sig" {
+	if use := members["use"]; use != nil && use != "sig" && use != "jwt-svid" { // as a trust domain of SPIFFE has it
 		return k, errors.New("must be a key for signatures; its use is another")
 	}
 	if ops, ok := members["key_ops"].([]any); members["key_ops"] != nil && (!ok || !slices.Contains(ops, any("verify"))) {
@@ -154,72 +155,96 @@ func (k jwk) verifies(a assertion) bool {
 	return false
 }
 
-const assertionLife = 5 * time.Minute // that one may live on, by our clock
+const assertionLife = 5 * time.Minute // that one of a client may live on, by our clock
 
 // An assertion is what one says. Nothing of it is true before a key verifies it.
+// What its header says of keys (jwk, jku, x5u, x5c) is not looked at.
 type assertion struct {
-	signed string // header and payload, as they came
-	sig    []byte
-	alg    string
-	kid    string // "" where it doesn't say
-	issuer string
-	sub    string
-	id     string // its jti
-	exp    time.Time
+	signed   string // header and payload, as they came
+	sig      []byte
+	typ, alg string
+	kid      string // "" where it doesn't say
+	issuer   string // "" too
+	sub      string
+	id       string // its jti; "" too
+	exp      time.Time
+	claims   map[string]any
 }
 
-// readAssertion reads what has the right form, is for us and valid now. Its error
-// says what isn't, which who has sent it may know. What the header says of keys
-// (jwk, jku, x5u, x5c) is not looked at.
-func readAssertion(text, issuer string, now time.Time) (a assertion, err error) {
+// A flaw is what is wrong with an assertion, which who has sent it may know: it goes
+// on behind "The assertion".
+type flaw string
+
+func (f flaw) Error() string { return string(f) }
+
+// readAssertion reads what has the right form, and fails with a flaw.
+func readAssertion(text string) (a assertion, err error) {
 	header64, rest, _ := strings.Cut(text, ".")
 	payload64, sig64, _ := strings.Cut(rest, ".")
 	header, headerErr := decodeObject(header64)
 	claims, claimsErr := decodeObject(payload64)
 	sig, sigErr := decodeSegment(sig64)
 	if errors.Join(headerErr, claimsErr, sigErr) != nil {
-		return a, errors.New("must be a signed JWT: three parts of base64url without padding, JSON objects the first two")
-	}
-	typ, _ := header["typ"].(string)
-	if _, given := header["typ"]; given && !strings.EqualFold(typ, "JWT") && !strings.EqualFold(typ, "client-authentication+jwt") {
-		return a, errors.New("must have the typ JWT or client-authentication+jwt, or none")
+		return a, flaw("must be a signed JWT: three parts of base64url without padding, JSON objects the first two")
 	}
 	if _, given := header["crit"]; given { // extensions that we don't know (RFC 7515, section 4.1.11)
-		return a, errors.New("must not have crit in its header")
+		return a, flaw("must not have crit in its header")
 	}
-	a = assertion{signed: text[:len(header64)+1+len(payload64)], sig: sig}
-	for name, to := range map[string]*string{"iss": &a.issuer, "sub": &a.sub, "jti": &a.id} {
-		if *to, _ = claims[name].(string); *to == "" || len(*to) > 512 {
-			return a, fmt.Errorf("must have %s, a text of at most 512 characters", name)
-		}
-	}
+	a = assertion{signed: text[:len(header64)+1+len(payload64)], sig: sig, claims: claims}
 	a.alg, _ = header["alg"].(string)
+	if typ, given := header["typ"]; given {
+		a.typ = cmp.Or(fmt.Sprint(typ), "empty")
+	}
 	a.kid, _ = header["kid"].(string)
 	if _, given := header["kid"]; given && !kidPattern.MatchString(a.kid) {
-		return a, errors.New("must have a kid of 1 to 200 printable characters of ASCII, or none")
+		return a, flaw("must have a kid of 1 to 200 printable characters of ASCII, or none")
 	}
-	aud, one := claims["aud"].(string)
-	if list, _ := claims["aud"].([]any); len(list) == 1 {
+	for name, to := range map[string]*string{"iss": &a.issuer, "sub": &a.sub, "jti": &a.id} {
+		if *to, _ = claims[name].(string); claims[name] != nil && *to == "" || len(*to) > 512 {
+			return a, flaw(fmt.Sprintf("must have %s, a text of at most 512 characters", name))
+		}
+	}
+	if path, ok := strings.CutPrefix(a.sub, "spiffe://"); ok && a.issuer == "" {
+		domain, _, _ := strings.Cut(path, "/")
+		a.issuer = "spiffe://" + domain // a JWT-SVID has a trust domain in place of an issuer
+	}
+	exp, _ := claims["exp"].(float64)
+	a.exp = time.Unix(int64(min(max(exp, 0), 1<<40))+1, 0)
+	return a, nil
+}
+
+// check refuses what is not of one of these types, not for one of these audiences
+// alone, lacks one of these claims, or is not valid now and for no longer than life.
+func (a assertion) check(now time.Time, life time.Duration, types, audiences []string, needed ...string) error {
+	if a.typ != "" && !slices.ContainsFunc(types, func(typ string) bool { return strings.EqualFold(typ, a.typ) }) {
+		return flaw("must have the typ " + strings.Join(types, " or ") + ", or none")
+	}
+	for _, name := range needed {
+		if a.claims[name] == nil {
+			return flaw(fmt.Sprintf("must have %s, a text of at most 512 characters", name))
+		}
+	}
+	aud, one := a.claims["aud"].(string)
+	if list, _ := a.claims["aud"].([]any); len(list) == 1 {
 		aud, one = list[0].(string)
 	}
-	if !one || strings.TrimSuffix(aud, "/") != issuer {
-		return a, errors.New("must have the aud " + issuer + ", the issuer and nothing else") // not the endpoint's URL, which may be another's (draft-ietf-oauth-rfc7523bis)
+	if !one || !slices.Contains(audiences, strings.TrimSuffix(aud, "/")) {
+		return flaw("must have the aud " + audiences[0] + ", the issuer and nothing else")
 	}
-	exp, hasExp := claims["exp"].(float64)
+	exp, hasExp := a.claims["exp"].(float64)
 	at := float64(now.Unix())
 	switch {
 	case !hasExp || exp <= at:
-		return a, errors.New("must have an exp that is to come, in seconds since 1970")
-	case exp > at+assertionLife.Seconds()+clockSkew:
-		return a, fmt.Errorf("must have an exp within %v", assertionLife)
+		return flaw("must have an exp that is to come, in seconds since 1970")
+	case exp > at+life.Seconds()+clockSkew:
+		return flaw(fmt.Sprintf("must have an exp within %v", life))
 	}
 	for _, name := range []string{"iat", "nbf"} {
-		if t, ok := claims[name].(float64); claims[name] != nil && (!ok || t > at+clockSkew) {
-			return a, fmt.Errorf("must have %s in the past, in seconds since 1970, or none", name)
+		if t, ok := a.claims[name].(float64); a.claims[name] != nil && (!ok || t > at+clockSkew) {
+			return flaw(fmt.Sprintf("must have %s in the past, in seconds since 1970, or none", name))
 		}
 	}
-	a.exp = time.Unix(int64(exp)+1, 0)
-	return a, nil
+	return nil
 }
 
 // decodeObject reads an object of JSON in base64url.

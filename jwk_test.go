@@ -135,7 +135,16 @@ func (k rsaKey) sign(text string) []byte {
 	return m.Exp(m, k.d, k.n).FillBytes(make([]byte, size))
 }
 
-// readAssertion has the time of its caller: the ends of what is good are exact.
+// readFor reads an assertion of a client, as checkAssertion does.
+func readFor(text, issuer string, now time.Time) (assertion, error) {
+	a, err := readAssertion(text)
+	if err == nil {
+		err = a.check(now, assertionLife, []string{"JWT", "client-authentication+jwt"}, []string{issuer}, "iss", "sub", "jti")
+	}
+	return a, err
+}
+
+// check has the time of its caller: the ends of what is good are exact.
 func TestAssertionIsGoodForItsTime(t *testing.T) {
 	t.Parallel()
 	const now, issuer = 1_800_000_000, "https://id.example.com"
@@ -151,7 +160,7 @@ func TestAssertionIsGoodForItsTime(t *testing.T) {
 	} {
 		text := b64.EncodeToString([]byte(`{"alg":"ES256"}`)) + "." +
 			b64.EncodeToString([]byte(`{"iss":"a","sub":"a","jti":"1","aud":"`+issuer+`",`+row.claims+`}`)) + "."
-		a, err := readAssertion(text, issuer, time.Unix(now, 999_999_999))
+		a, err := readFor(text, issuer, time.Unix(now, 999_999_999))
 		if (err == nil) != row.good {
 			t.Errorf("%s: %v, want it good: %v", row.claims, err, row.good)
 		}
@@ -172,7 +181,7 @@ func FuzzReadAssertion(f *testing.F) {
 		if encoded {
 			text = b64.EncodeToString([]byte(header)) + "." + b64.EncodeToString([]byte(payload)) + "." + b64.EncodeToString([]byte(sig))
 		}
-		a, err := readAssertion(text, "https://id.example.com", time.Unix(1_800_000_000, 0))
+		a, err := readFor(text, "https://id.example.com", time.Unix(1_800_000_000, 0))
 		if err != nil {
 			if msg := err.Error(); strings.ContainsFunc(msg, func(c rune) bool { return c < ' ' || c > '~' }) || strings.ContainsAny(msg, `"\`) {
 				t.Errorf("%q is refused by %q, which no answer may have", text, msg)

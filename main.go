@@ -15,6 +15,7 @@
 //	caller.go      who sent a request, as it has proved; whether that is alive, and what it may
 //	auth.go        how that is proved: by a token, or a client's secret; and how often one may
 //	assertion.go   how a client proves itself without a secret: by what it signs with a key of its own
+//	workload.go    and without a key: by what an issuer that is trusted says of it
 //	token.go       issuing, introspecting and revoking tokens
 //	credential.go  credentials, and the secrets in them
 //	agent.go       agents, and who may change them
@@ -88,7 +89,7 @@ const usage = `AgentIdP is an identity provider for AI agents.
   agentidp healthcheck                ask the server on this machine for its health
   agentidp -version | -h
 
-Variables of the environment, with their defaults; those marked * are required. The first four
+Variables of the environment, with their defaults; those marked * are required. The first five
 can also be given as NAME_FILE, a file that holds the value. The server takes the keys again when
 their files have changed; where they are not right it says so, and the old ones stay.
 
@@ -225,8 +226,9 @@ func checkHealth(address string) error {
 type server struct {
 	cfg      config
 	keys     atomic.Pointer[keyset]
-	db       *pgxpool.Pool // for requests: each holds one connection at most, and waits for nothing with it
-	inner    *pgxpool.Pool // for the recorder, the keeper and lookups, which requests must not hold up
+	issuers  atomic.Pointer[map[string]*trustedIssuer] // of workloads
+	db       *pgxpool.Pool                             // for requests: each holds one connection at most, and waits for nothing with it
+	inner    *pgxpool.Pool                             // for the recorder, the keeper and lookups, which requests must not hold up
 	redis    *cache
 	vault    *vault
 	recorder *queue[entry, []life]
@@ -257,6 +259,7 @@ func (s *server) routes() []route {
 		{"GET /api/v1/agents/{agentId}/credentials", 200, s.bearer(agentsWrite, credentialsWrite), s.listCredentials, rest, ""},
 		{"POST /api/v1/agents/{agentId}/credentials/{credentialId}/rotate", 200, s.bearer(agentsWrite, credentialsWrite), s.rotateCredential, rest, credentialRotated},
 		{"DELETE /api/v1/agents/{agentId}/credentials/{credentialId}", 204, s.bearer(agentsWrite, credentialsWrite), s.revokeCredential, rest, credentialRevoked},
+		{"DELETE /api/v1/credentials", 204, s.bearer(agentsWrite), s.revokeWorkloads, rest, credentialRevoked},
 
 		{"POST /api/v1/token", 200, s.authenticateClient, s.issueToken, oauth, tokenIssued},
 		{"POST /api/v1/token/introspect", 200, s.bearerOrClient(tokensRead), s.introspectToken, oauth, tokenIntrospected},
@@ -295,6 +298,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	s.used = newQueue(func(ctx context.Context, uses []use) ([]bool, error) { return useOnce(ctx, inner, uses) })
 	s.lives = newQueue(func(ctx context.Context, of []origin) ([]life, error) { return areAlive(ctx, inner, of) })
 	s.keys.Store(cfg.keys)
+	s.issuers.Store(&cfg.workloads.issuers)
 	begun := time.Now()
 	s.clock.Store(&reading{begun.Round(0), begun})
 	for err = s.applySchema(ctx, owner); err != nil && ctx.Err() == nil && time.Since(begun) < time.Minute; err = s.applySchema(ctx, owner) {
@@ -332,7 +336,8 @@ func (s *server) close() {
 // looks, since they may be half written; and at once on a hangup. Where they are
 // not right, the old ones stay.
 func (s *server) watchKeys(ctx context.Context, hangup <-chan os.Signal, getenv func(string) (string, bool)) {
-	taken := strings.Join(s.keys.Load().each("kid"), " ")
+	seenOf := func(cfg config) string { return strings.Join(cfg.keys.each("kid"), " ") + cfg.workloads.text }
+	taken, issuers := seenOf(s.cfg), s.cfg.workloads.text
 	for seen := taken; ; {
 		before := seen
 		select {
@@ -342,11 +347,11 @@ func (s *server) watchKeys(ctx context.Context, hangup <-chan os.Signal, getenv 
 		case <-hangup:
 			before, taken = "", ""
 		}
-		cfg, err := loadConfig(getenv, "JWT_PRIVATE_KEY", "JWT_PUBLIC_KEY")
+		cfg, err := loadConfig(getenv, "JWT_PRIVATE_KEY", "JWT_PUBLIC_KEY", "WORKLOAD_ISSUERS", "ISSUER", "PORT")
 		if err != nil {
 			seen = err.Error()
 		} else {
-			seen = strings.Join(cfg.keys.each("kid"), " ")
+			seen = seenOf(cfg)
 		}
 		if seen == taken || seen != before && before != "" {
 			continue
@@ -357,7 +362,11 @@ func (s *server) watchKeys(ctx context.Context, hangup <-chan os.Signal, getenv 
 			continue
 		}
 		s.keys.Store(cfg.keys)
-		slog.Info("keys read", "kids", cfg.keys.each("kid"))
+		if cfg.workloads.text != issuers { // else what is known of their keys stays
+			issuers = cfg.workloads.text
+			s.issuers.Store(&cfg.workloads.issuers)
+		}
+		slog.Info("keys read", "kids", cfg.keys.each("kid"), "workloadIssuers", len(cfg.workloads.issuers))
 	}
 }
 

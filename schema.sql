@@ -57,19 +57,23 @@ create table if not exists credentials (
     secret_id     uuid not null,
     check ((status = 'revoked') = (revoked_at is not null))
 );
--- Since version 4 a credential may be a key, in place of a secret: its prefix is then a
--- random one, and its hash empty, so that the program before does with it.
+-- Since version 4 a credential may be a key or a workload, in place of a secret: its
+-- prefix is then a random one, and its hash empty, so that the program before does
+-- with it.
 do $$
 begin
     if not exists (select from pg_attribute where attrelid = 'credentials'::regclass and attname = 'kind') then
         alter table credentials
-            add column kind text not null default 'secret' check (kind in ('secret', 'key')),
+            add column kind text not null default 'secret' check (kind in ('secret', 'key', 'workload')),
             add column public_key json, -- as a JWK, with its alg
             add column key_thumbprint text, -- RFC 7638
+            add column workload json, -- its issuer, subject, and claims if there are any
+            add constraint credentials_workload_check check ((kind = 'workload') = (workload is not null)),
             add constraint credentials_key_check check (num_nulls(public_key, key_thumbprint) = case kind when 'key' then 0 else 2 end);
     end if;
 end $$;
 create unique index if not exists credentials_key_thumbprint on credentials (key_thumbprint) where status = 'active';
+create index if not exists credentials_workload on credentials ((workload ->> 'subject')) where status = 'active';
 create unique index if not exists credentials_secret_prefix on credentials (secret_prefix);
 create index if not exists credentials_client_id on credentials (client_id, credential_id);
 

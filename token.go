@@ -41,6 +41,9 @@ func (s *server) issueToken(r *request) (any, error) {
 		CredentialID: r.caller.CredentialID, SecretID: r.caller.SecretID,
 	}
 	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": scope, "exp": expires}
+	if r.caller.proved != nil {
+		f["workload"] = r.caller.proved
+	}
 	if audience[0] != s.cfg.issuer || len(audience) > 1 {
 		f["aud"] = audience
 	}
@@ -63,9 +66,9 @@ func (s *server) issueToken(r *request) (any, error) {
 
 // checkGrant decides what the token is to carry.
 func (s *server) checkGrant(r *request) (scope string, aud audience, err error) {
-	switch r.form.Get("grant_type") {
-	case "client_credentials":
-	case "":
+	switch grant := r.form.Get("grant_type"); {
+	case grant == "client_credentials", s.tradesAssertion(r):
+	case grant == "":
 		return "", nil, errForm.because("The body lacks grant_type=client_credentials.")
 	default:
 		return "", nil, errGrantType.because("The grant_type must be client_credentials; it was '" + clip(r.form.Get("grant_type")) + "'.")

@@ -36,7 +36,7 @@ func wantSettings(t *testing.T, file string, names ...string) {
 	t.Helper()
 	for _, name := range names {
 		i := slices.IndexFunc(variables(t), func(v variable) bool { return v.name == name || v.name+"_FILE" == name })
-		if i < 0 || strings.HasSuffix(name, "_FILE") && i >= 4 {
+		if i < 0 || strings.HasSuffix(name, "_FILE") && i >= 5 {
 			t.Errorf("%s sets %s, which the program does not read", file, name)
 		}
 	}

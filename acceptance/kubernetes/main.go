@@ -4,7 +4,8 @@
 //	go run . ../../docs/devops/kubernetes
 //
 // What one manifest names in another must be there, and each pod must pass the
-// Pod Security Standard "restricted".
+// Pod Security Standard "restricted". With -token-request it reads a pod of
+// docs/devops/workloads.md, and prints what the kubelet asks for it.
 package main
 
 import (
@@ -46,8 +47,15 @@ type folder struct {
 
 func main() {
 	if len(os.Args) != 2 {
-		fmt.Fprintln(os.Stderr, "usage: kubernetes FOLDER")
+		fmt.Fprintln(os.Stderr, "usage: kubernetes FOLDER | -token-request")
 		os.Exit(64)
+	}
+	if os.Args[1] == "-token-request" {
+		if err := printRequest(); err != nil {
+			fmt.Fprintln(os.Stderr, "kubernetes:", err)
+			os.Exit(1)
+		}
+		return
 	}
 	f := &folder{}
 	names, err := filepath.Glob(filepath.Join(os.Args[1], "*.yaml*"))

@@ -1,0 +1,712 @@
+package test
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// Agents that another issuer vouches for, and that have neither a secret nor a key of their own here.
+
+const jwtBearer = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+
+// cluster is an issuer of workloads whose keys the operator has written down.
+const cluster = "https://kubernetes.default.svc"
+
+// trusting is WORKLOAD_ISSUERS for issuers with these keys.
+func trusting(issuers map[string]holder, more members) string {
+	all := members{}
+	for issuer, h := range issuers {
+		all[issuer] = members{"jwks": members{"keys": []any{h.jwk.with(members{"kid": "first"})}}}.with(more)
+	}
+	return all.String()
+}
+
+func (v *service) workloadClaims(issuer, subject string) members {
+	now := time.Now().Unix()
+	return members{"iss": issuer, "sub": subject, "aud": []string{v.env["ISSUER"]}, "jti": newID(), "iat": now, "nbf": now, "exp": now + 3600}
+}
+
+// vouch signs an assertion of an issuer as Kubernetes does: with a kid, and no typ.
+func (h holder) vouch(claims members) string {
+	return h.sign(members{"alg": h.alg, "kid": "first"}, claims)
+}
+
+// byGrant trades an assertion for a token.
+func (v *service) byGrant(assertion string, more ...string) answer {
+	v.t.Helper()
+	form := url.Values{"grant_type": {jwtBearer}, "assertion": {assertion}}
+	for i := 0; i < len(more); i += 2 {
+		form.Set(more[i], more[i+1])
+	}
+	return v.do("POST", "/api/v1/token", form.Encode(), "Content-Type", "application/x-www-form-urlencoded")
+}
+
+// bind gives an agent a credential that names a workload.
+func (v *service) bind(agentID, issuer, subject string, claims members) answer {
+	v.t.Helper()
+	w := members{"issuer": issuer, "subject": subject}
+	if claims != nil {
+		w["claims"] = claims
+	}
+	return v.api(v.bearer, "POST", "/agents/"+agentID+"/credentials", members{"workload": w}.String())
+}
+
+func TestWorkloadsAreAsGoodAsSecrets(t *testing.T) {
+	t.Parallel()
+	for _, alg := range []string{"RS256", "ES256"} {
+		h := newHolder(t, alg)
+		v := newService(t, "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h}, nil))
+		id := v.newAgent(tokensRead, "a:b")
+		made := v.want(v.bind(id, cluster, screener, nil), 201, "")
+		assertion := h.vouch(v.workloadClaims(cluster, screener))
+		for range 2 { // one file for an hour
+			token := v.want(v.byGrant(assertion, "scope", "a:b"), 200, "").text("access_token")
+			v.want(v.byAssertion("", assertion), 200, "")
+			c := v.want(v.byAssertion("/introspect", assertion, "token", token), 200, "")
+			if c.text("credential_id") != made.text("credentialId") || c.text("sub") != id {
+				t.Errorf("the token is of another credential: %v", c)
+			}
+			v.want(v.byAssertion("/revoke", assertion, "token", token), 200, "")
+			if v.active(token) {
+				t.Error("the revoked token is active")
+			}
+		}
+		token := v.want(v.byGrant(assertion), 200, "").text("access_token")
+		v.want(v.api(v.bearer, "DELETE", "/credentials?workloadIssuer="+url.QueryEscape(cluster), ""), 204, "")
+		if v.active(token) {
+			t.Error("a token of an issuer that was cut off is active")
+		}
+		v.want(v.byGrant(assertion), 400, "invalid_grant")
+		v.want(v.byAssertion("", assertion), 401, "invalid_client")
+		v.want(v.api(v.bearer, "DELETE", "/credentials?workloadIssuer="+url.QueryEscape(cluster), ""), 404, "CREDENTIAL_NOT_FOUND")
+	}
+}
+
+// keysOf is a set of keys as an issuer publishes it.
+func keysOf(holders ...holder) members {
+	list := []any{}
+	for _, h := range holders {
+		list = append(list, h.jwk.with(members{"kid": "first"}))
+	}
+	return members{"keys": list}
+}
+
+// wantBoth trades an assertion as a grant, and uses it as client authentication; it
+// is to be good for both, or for neither.
+func (v *service) wantBoth(name, assertion string, good bool, more ...string) {
+	v.t.Helper()
+	for way, a := range map[string]answer{"invalid_grant": v.byGrant(assertion, more...), "invalid_client": v.byAssertion("", assertion, more...)} {
+		status := map[string]int{"invalid_grant": 400, "invalid_client": 401}[way]
+		if good && a.status != 200 || !good && (a.status != status || a.code() != way) {
+			v.t.Errorf("%s: answered %v, want good: %v, else %d %s", name, a, good, status, way)
+		}
+	}
+}
+
+const screener = "system:serviceaccount:hiring:screener"
+
+// Nothing but equality makes a workload an agent, and nothing but the key of its
+// issuer a token of it.
+func TestWorkloadsAreNobodyElse(t *testing.T) {
+	t.Parallel()
+	h, h2, domain := newHolder(t, "ES256"), newHolder(t, "ES256"), newHolder(t, "ES256")
+	other := newService(t, "ISSUER", "http://other.test")
+	theirs := other.want(other.do("GET", "/.well-known/jwks.json", ""), 200, "").body
+	v := newService(t, "ISSUER", "http://idp.test", "WORKLOAD_ISSUERS", members{
+		cluster: members{"jwks": keysOf(h)}, "https://second.example": members{"jwks": keysOf(h2)}, other.env["ISSUER"]: members{"jwks": theirs},
+		"spiffe://a.example": members{"jwks": keysOf(domain)},
+	}.String())
+	id := v.newAgent("a:b")
+	v.want(v.bind(id, cluster, screener, members{"env": "prod"}), 201, "")
+	base := v.workloadClaims(cluster, screener).with(members{"env": "prod"})
+	now := time.Now().Unix()
+	header := members{"alg": "ES256", "kid": "first"}
+	for name, row := range map[string]struct {
+		claims members
+		good   bool
+	}{
+		"as it is":             {base, true},
+		"more claims":          {base.with(members{"env2": "dev", "groups": []string{"a"}}), true},
+		"aud as text":          {base.with(members{"aud": "http://idp.test"}), true},
+		"aud with a slash":     {base.with(members{"aud": "http://idp.test/"}), true},
+		"no jti":               {base.without("jti"), true},
+		"no iat and nbf":       {base.without("iat").without("nbf"), true},
+		"exp in 24 hours":      {base.with(members{"exp": now + 24*3600}), true},
+		"issuer with a slash":  {base.with(members{"iss": cluster + "/"}), false},
+		"issuer in upper case": {base.with(members{"iss": "https://Kubernetes.default.svc"}), false},
+		"issuer without https": {base.with(members{"iss": "kubernetes.default.svc"}), false},
+		"no issuer":            {base.without("iss"), false},
+		"our own issuer":       {base.with(members{"iss": "http://idp.test"}), false},
+		"another issuer's key": {base.with(members{"iss": "https://second.example"}), false},
+		"issuer a list":        {base.with(members{"iss": []string{cluster}}), false},
+		"issuer is the agent":  {base.with(members{"iss": id, "sub": id}), false},
+		"subject's prefix":     {base.with(members{"sub": screener[:len(screener)-1]}), false},
+		"subject and more":     {base.with(members{"sub": screener + "2"}), false},
+		"subject with a space": {base.with(members{"sub": screener + " "}), false},
+		"subject with NUL":     {base.with(members{"sub": screener + "\x00"}), false},
+		"jti with NUL":         {base.with(members{"jti": "\x00"}), false},
+		"subject a glob":       {base.with(members{"sub": "system:serviceaccount:hiring:*"}), false},
+		"subject a pattern":    {base.with(members{"sub": "%"}), false},
+		"subject upper case":   {base.with(members{"sub": strings.ToUpper(screener)}), false},
+		"subject the agent":    {base.with(members{"sub": id}), false},
+		"no subject":           {base.without("sub"), false},
+		"claim missing":        {base.without("env"), false},
+		"claim another":        {base.with(members{"env": "dev"}), false},
+		"claim upper case":     {base.with(members{"env": "PROD"}), false},
+		"claim's name's case":  {base.without("env").with(members{"Env": "prod"}), false},
+		"claim empty":          {base.with(members{"env": ""}), false},
+		"claim null":           {base.with(members{"env": nil}), false},
+		"claim a number":       {base.with(members{"env": 1}), false},
+		"claim a list":         {base.with(members{"env": []string{"prod"}}), false},
+		"claim nested":         {base.with(members{"env": members{"env": "prod"}}), false},
+		"aud of two":           {base.with(members{"aud": []string{"http://idp.test", "https://b.example"}}), false},
+		"aud twice the same":   {base.with(members{"aud": []string{"http://idp.test", "http://idp.test"}}), false},
+		"aud another":          {base.with(members{"aud": "https://kubernetes.default.svc"}), false},
+		"aud of a person":      {base.with(members{"aud": "client-of-people", "nonce": "n"}), false},
+		"aud none":             {base.without("aud"), false},
+		"aud empty":            {base.with(members{"aud": []string{}}), false},
+		"aud upper case":       {base.with(members{"aud": "http://IDP.test"}), false},
+		"aud introspection":    {base.with(members{"aud": "http://idp.test/api/v1/token/introspect"}), false},
+		"expired":              {base.with(members{"exp": now - 1}), false},
+		"exp in 25 hours":      {base.with(members{"exp": now + 25*3600}), false},
+		"exp in a year":        {base.with(members{"exp": now + 365*24*3600}), false},
+		"exp as text":          {base.with(members{"exp": fmt.Sprint(now + 60)}), false},
+		"no exp":               {base.without("exp"), false},
+		"nbf to come":          {base.with(members{"nbf": now + 60}), false},
+		"iat to come":          {base.with(members{"iat": now + 60}), false},
+	} {
+		v.wantBoth(name, h.sign(header, row.claims), row.good)
+	}
+	none := encode(members{"alg": "none"}.String()) + "." + encode(base.String()) + "."
+	for name, assertion := range map[string]string{
+		"another's key":           h2.sign(header, base),
+		"another's key in it":     h2.sign(header.with(members{"jwk": h2.jwk}), base),
+		"another's key by URL":    h2.sign(header.with(members{"jku": "https://second.example/keys", "x5u": "https://second.example/x"}), base),
+		"no algorithm":            none,
+		"alg HS256":               h.sign(header.with(members{"alg": "HS256"}), base),
+		"alg RS256":               h.sign(header.with(members{"alg": "RS256"}), base),
+		"alg another case":        h.sign(header.with(members{"alg": "es256"}), base),
+		"no alg":                  h.sign(header.without("alg"), base),
+		"another kid":             h.sign(header.with(members{"kid": "second"}), base),
+		"kid a path":              h.sign(header.with(members{"kid": "../first"}), base),
+		"typ dpop+jwt":            h.sign(header.with(members{"typ": "dpop+jwt"}), base),
+		"typ logout+jwt":          h.sign(header.with(members{"typ": "logout+jwt"}), base),
+		"crit":                    h.sign(header.with(members{"crit": []string{"exp"}}), base),
+		"signature zero":          h.sign(header, base)[:strings.LastIndex(h.sign(header, base), ".")+1] + encode(strings.Repeat("\x00", 64)),
+		"our own access token":    v.bearer,
+		"our own checkpoint":      v.checkpoint(),
+		"theirs for them":         other.bearer,
+		"theirs that isn't bound": other.want(other.form(other.id, other.secret, "", "grant_type=client_credentials&resource=http://idp.test"), 200, "").text("access_token"),
+		"no JWT":                  "x",
+	} {
+		v.wantBoth(name, assertion, false)
+	}
+	for name, h := range map[string]string{"JWT": h.sign(header.with(members{"typ": "JWT"}), base), "at+jwt": h.sign(header.with(members{"typ": "at+jwt"}), base), "no kid": h.sign(header.without("kid"), base)} {
+		v.wantBoth(name, h, true)
+	}
+	endpoint := h.vouch(base.with(members{"aud": "http://idp.test/api/v1/token"}))
+	v.want(v.byGrant(endpoint), 200, "")
+	if a := v.want(v.byAssertion("", endpoint), 401, "invalid_client"); !strings.Contains(a.raw, "must have the aud http://idp.test,") {
+		t.Errorf("of the wrong aud it says %s, want which is right", a.raw)
+	}
+
+	// Another AgentIdP says who it is by an access token for us.
+	v.want(v.bind(id, other.env["ISSUER"], other.id, members{"client_id": other.id}), 201, "")
+	v.wantBoth("theirs", other.want(other.form(other.id, other.secret, "", "grant_type=client_credentials&resource=http://idp.test"), 200, "").text("access_token"), true)
+	v.wantBoth("theirs for two", other.want(other.form(other.id, other.secret, "", "grant_type=client_credentials&resource=http://idp.test&resource=https://b.example"), 200, "").text("access_token"), false)
+
+	// A JWT-SVID has no issuer, but a trust domain.
+	const svid = "spiffe://a.example/ns/hiring/sa/screener"
+	v.want(v.bind(id, "spiffe://a.example", svid, nil), 201, "")
+	of := func(sub string) string {
+		return domain.vouch(members{"sub": sub, "aud": []string{"http://idp.test"}, "exp": now + 300})
+	}
+	v.wantBoth("an SVID", of(svid), true)
+	v.want(v.byAssertion("", of(svid), "client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-spiffe"), 200, "")
+	v.want(v.byAssertion("", of(svid), "client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:saml2-bearer"), 400, "invalid_request")
+	for _, sub := range []string{
+		"spiffe://a.example@b/ns/hiring/sa/screener", "spiffe://a.example:443/ns/hiring/sa/screener", "spiffe://A.example/ns/hiring/sa/screener",
+		"spiffe://a%2eexample/ns/hiring/sa/screener", "SPIFFE://a.example/ns/hiring/sa/screener", "spiffe://a.example/ns/hiring/sa/Screener", "spiffe://a.example",
+		"spiffe://a.example/", svid + "/", svid + "?x", "spiffe://a.example//ns/hiring/sa/screener", "spiffe://a.example/x/../ns/hiring/sa/screener",
+		"spiffe://a.example.b/ns/hiring/sa/screener", "spiffe:///ns/hiring/sa/screener", "a.example/ns/hiring/sa/screener", "spiffe://a.example?/ns/hiring/sa/screener",
+	} {
+		v.wantBoth(sub, of(sub), false)
+	}
+	v.wantBoth("an SVID of another key", h.vouch(members{"sub": svid, "aud": "http://idp.test", "exp": now + 300}), false)
+}
+
+// metadata is that of the newest event of an agent and an action.
+func (v *service) metadata(agentID, action string) members {
+	v.t.Helper()
+	var m members
+	if err := json.Unmarshal(v.audit("limit=1&agentId=" + agentID + "&action=" + action).Data[0].Metadata, &m); err != nil {
+		v.t.Fatal(err)
+	}
+	return m
+}
+
+// How a workload's credential begins, is chosen, and ends.
+func TestWorkloadsHaveCredentials(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "ISSUER", "http://idp.test", "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h}, nil))
+	id := v.newAgent("a:b", tokensRead)
+	made := v.want(v.bind(id, cluster, screener, nil), 201, "")
+	if made.text("kind") != "workload" || made.body["clientSecret"] != nil || made.body["secretPrefix"] != nil || made.body["keyThumbprint"] != nil {
+		t.Errorf("the credential is %v, want a workload without a secret", made)
+	}
+	if got, _ := json.Marshal(v.metadata(id, "credential.generated")["workload"]); string(got) != `{"issuer":"`+cluster+`","subject":"`+screener+`"}` {
+		t.Errorf("its event has the workload %s", got)
+	}
+	claims := v.workloadClaims(cluster, screener)
+	assertion := h.vouch(claims)
+	token := v.want(v.byGrant(assertion), 200, "").text("access_token")
+	if got := v.metadata(id, "token.issued")["workload"].(map[string]any); got["issuer"] != cluster || got["subject"] != screener || got["jti"] != claims["jti"] || len(got) != 3 {
+		t.Errorf("the token's event has the workload %v", got)
+	}
+
+	for name, w := range map[string]string{
+		"no object": `"x"`, "null": `null`, "nothing": `{}`, "no issuer": `{"subject":"a"}`, "no subject": `{"issuer":"` + cluster + `"}`,
+		"an issuer that isn't trusted": `{"issuer":"https://evil.example","subject":"a"}`, "with a slash": `{"issuer":"` + cluster + `/","subject":"a"}`,
+		"our own": `{"issuer":"http://idp.test","subject":"a"}`, "subject a number": `{"issuer":"` + cluster + `","subject":1}`,
+		"subject empty": `{"issuer":"` + cluster + `","subject":""}`, "subject with NUL": `{"issuer":"` + cluster + `","subject":"a\u0000"}`,
+		"subject too long": `{"issuer":"` + cluster + `","subject":"` + strings.Repeat("a", 513) + `"}`, "more members": `{"issuer":"` + cluster + `","subject":"a","x":1}`,
+		"claims a list": `{"issuer":"` + cluster + `","subject":"a","claims":[]}`, "claims null": `{"issuer":"` + cluster + `","subject":"a","claims":null}`,
+		"a claim a number": `{"issuer":"` + cluster + `","subject":"a","claims":{"x":1}}`, "a claim nested": `{"issuer":"` + cluster + `","subject":"a","claims":{"x":{"y":"z"}}}`,
+		"a claim empty": `{"issuer":"` + cluster + `","subject":"a","claims":{"x":""}}`, "a claim with NUL": `{"issuer":"` + cluster + `","subject":"a","claims":{"x":"\u0000"}}`,
+		"a claim's name with NUL": `{"issuer":"` + cluster + `","subject":"a","claims":{"\u0000":"x"}}`,
+		"17 claims":               `{"issuer":"` + cluster + `","subject":"a","claims":{` + seventeen + `}}`,
+	} {
+		if a := v.api(v.bearer, "POST", "/agents/"+id+"/credentials", `{"workload":`+w+`}`); a.status != 400 || a.code() != "VALIDATION_ERROR" {
+			t.Errorf("a workload with %s is answered %v, want 400", name, a)
+		}
+	}
+	v.want(v.api(v.bearer, "POST", "/agents/"+id+"/credentials", members{"workload": members{"issuer": cluster, "subject": "a"}, "publicKey": h.jwk}.String()), 400, "VALIDATION_ERROR")
+
+	// It is authenticated once.
+	for _, more := range [][]string{
+		{"client_secret", v.secret}, {"client_assertion", assertion, "client_assertion_type", assertionType}, {"client_assertion_type", assertionType},
+	} {
+		v.want(v.byGrant(assertion, more...), 400, "invalid_request")
+	}
+	form := url.Values{"grant_type": {jwtBearer}, "assertion": {assertion}}.Encode()
+	v.want(v.form(v.id, v.secret, "", form), 400, "invalid_request")
+	v.want(v.do("POST", "/api/v1/token", form, "Content-Type", formType, "Authorization", "Bearer "+token), 400, "invalid_request")
+	v.want(v.byGrant(""), 400, "invalid_request")
+	for _, path := range []string{"/introspect", "/revoke"} {
+		v.want(v.form("", "", path, form+"&token="+token), 401, "invalid_client")
+	}
+	if !v.active(token) {
+		t.Error("a grant has revoked a token")
+	}
+
+	// Several credentials of one agent, and several agents of one workload.
+	v.want(v.byGrant(assertion, "client_id", id), 200, "")
+	for _, wrong := range []string{v.id, newID(), "x", strings.ToUpper(id), "\x00"} {
+		v.wantBoth("client_id "+wrong, assertion, false, "client_id", wrong)
+	}
+	v.want(v.bind(id, cluster, screener, members{"env": "prod"}), 201, "")
+	v.want(v.bind(id, cluster, screener, members{"env": "dev", "zone": "a"}), 201, "")
+	v.wantBoth("the first of several credentials", assertion, true)
+	second := v.newAgent("c:d")
+	v.want(v.bind(second, cluster, screener, members{"env": "prod"}), 201, "")
+	v.wantBoth("one agent's credential still", assertion, true)
+	both := h.vouch(claims.with(members{"env": "prod"}))
+	for _, a := range []answer{v.byGrant(both), v.byAssertion("", both)} {
+		if v.want(a, 400, "invalid_request"); !strings.Contains(a.raw, "client_id") {
+			t.Errorf("of several agents it says %s, want client_id", a.raw)
+		}
+	}
+	for _, id := range []string{id, second} {
+		if a := v.want(v.byGrant(both, "client_id", id), 200, ""); (a.text("scope") == "c:d") != (id == second) {
+			t.Errorf("client_id %s gets %v", id, a)
+		}
+	}
+
+	// Agents and credentials that end.
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+second, `{"status":"suspended"}`), 200, "")
+	v.want(v.byGrant(both, "client_id", second), 403, "unauthorized_client")
+	v.want(v.byAssertion("", both, "client_id", second), 403, "unauthorized_client")
+	v.want(v.api(v.bearer, "DELETE", "/agents/"+second, ""), 204, "")
+	v.wantBoth("decommissioned", both, false, "client_id", second)
+
+	third := v.newAgent("e:f")
+	made = v.want(v.bind(third, cluster, "third", nil), 201, "")
+	assertion = h.vouch(v.workloadClaims(cluster, "third"))
+	token = v.want(v.byGrant(assertion), 200, "").text("access_token")
+	path := "/agents/" + third + "/credentials/" + made.text("credentialId")
+	for _, body := range []string{`{}`, members{"publicKey": h.jwk}.String()} {
+		v.want(v.api(v.bearer, "POST", path+"/rotate", body), 400, "VALIDATION_ERROR")
+	}
+	v.want(v.api(v.bearer, "POST", path+"/rotate", members{"workload": members{"issuer": cluster, "subject": "fourth"}}.String()), 200, "")
+	v.wantBoth("rotated", assertion, false)
+	if v.active(token) {
+		t.Error("a token of before a rotation is active")
+	}
+	fourth := h.vouch(v.workloadClaims(cluster, "fourth"))
+	token = v.want(v.byGrant(fourth), 200, "").text("access_token")
+	v.setExpiry(made.text("credentialId"), time.Now().Add(-time.Second))
+	v.wantBoth("expired", fourth, false)
+	if v.active(token) {
+		t.Error("a token of a credential that has expired is active")
+	}
+	v.setExpiry(made.text("credentialId"), time.Now().Add(time.Hour))
+	v.wantBoth("not expired", fourth, true)
+	v.want(v.api(v.bearer, "DELETE", path, ""), 204, "")
+	v.wantBoth("revoked", fourth, false)
+
+	// Failures are counted for the address, and stop nobody who is right.
+	limited := v.another("RATE_LIMIT_PER_MINUTE", "3")
+	right := h.vouch(v.workloadClaims(cluster, screener))
+	for range 3 {
+		limited.want(limited.byGrant(fourth), 400, "invalid_grant")
+	}
+	limited.want(limited.byGrant(fourth), 429, "temporarily_unavailable")
+	limited.want(limited.byAssertion("", fourth), 429, "temporarily_unavailable")
+	limited.want(limited.byGrant(right), 200, "")
+	failed := 0
+	for _, e := range v.chain() {
+		if e.Action == "auth.failed" && strings.Contains(string(e.Metadata), "invalid_grant") {
+			failed++
+		}
+	}
+	if failed == 0 {
+		t.Error("no failure of a grant is in the audit log")
+	}
+}
+
+var seventeen = func() string {
+	list := make([]string, 17)
+	for n := range list {
+		list[n] = fmt.Sprintf(`"c%d":"x"`, n)
+	}
+	return strings.Join(list, ",")
+}()
+
+// Where each is good once, it is that on all copies.
+func TestWorkloadsOfSingleUse(t *testing.T) {
+	t.Parallel()
+	h, a, b := newHolder(t, "ES256"), newHolder(t, "ES256"), newHolder(t, "ES256")
+	once := members{"singleUse": true}
+	v := newService(t, "ISSUER", "http://idp.test", "WORKLOAD_ISSUERS", members{
+		cluster: members{"jwks": keysOf(h)}.with(once), "spiffe://a.example": members{"jwks": keysOf(a)}.with(once), "spiffe://b.example": members{"jwks": keysOf(b)}.with(once),
+	}.String())
+	copies := []*service{v, v.another()}
+	id := v.newAgent("a:b")
+	v.want(v.bind(id, cluster, screener, nil), 201, "")
+	for range 10 {
+		assertion, codes := h.vouch(v.workloadClaims(cluster, screener)), make([]int, 6)
+		var all sync.WaitGroup
+		for n := range codes {
+			all.Go(func() {
+				if n%3 == 0 {
+					codes[n] = copies[n%2].byAssertion("", assertion).status
+				} else {
+					codes[n] = copies[n%2].byGrant(assertion).status
+				}
+			})
+		}
+		all.Wait()
+		if slices.Sort(codes); codes[0] != 200 || codes[1] == 200 || codes[5] != 401 {
+			t.Errorf("used at the same time on two copies it is answered %v, want 200 once, else 400 and 401", codes)
+		}
+	}
+	v.wantBoth("without a jti", h.vouch(v.workloadClaims(cluster, screener).without("jti")), false)
+	// What is refused for something else is not used up.
+	unbound := v.workloadClaims(cluster, "later")
+	v.wantBoth("not bound", h.vouch(unbound), false)
+	v.want(v.bind(id, cluster, "later", nil), 201, "")
+	v.rdb.FlushDB(context.Background())
+	v.want(v.byGrant(h.vouch(unbound)), 200, "")
+	v.rdb.FlushDB(context.Background())
+	v.wantBoth("used before Redis was lost", h.vouch(unbound), false)
+	// A jti is its issuer's.
+	for domain, h := range map[string]holder{"spiffe://a.example": a, "spiffe://b.example": b} {
+		v.want(v.bind(id, domain, domain+"/x", nil), 201, "")
+		claims := members{"sub": domain + "/x", "aud": "http://idp.test", "exp": time.Now().Unix() + 60, "jti": unbound["jti"]}
+		v.want(v.byGrant(h.vouch(claims)), 200, "")
+		v.wantBoth("used before", h.vouch(claims), false)
+	}
+}
+
+// An issuer that was broken into is cut off by one request.
+func TestIssuersAreCutOff(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "ISSUER", "http://idp.test", "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h, "https://second.example": h}, nil))
+	w := v.another("WORKLOAD_ISSUERS", "") // where it has been taken out, it can still be cut off
+	path := func(issuer string) string { return "/credentials?workloadIssuer=" + url.QueryEscape(issuer) }
+	for _, query := range []string{"", "?workloadIssuer=", "?workloadIssuer=a&workloadIssuer=b", "?workloadIssuer=a&x=1", "?issuer=a", "?workloadIssuer=%zz", "?workloadIssuer=%00", "?workloadIssuer=%ff", "?workloadIssuer=" + strings.Repeat("a", 513)} {
+		if a := v.api(v.bearer, "DELETE", "/credentials"+query, ""); a.status != 400 || a.code() != "VALIDATION_ERROR" {
+			t.Errorf("DELETE /credentials%s = %v, want 400", query, a)
+		}
+	}
+	for _, issuer := range []string{"https://nobody.example", cluster + "/", "%", cluster[:len(cluster)-1]} {
+		v.want(v.api(v.bearer, "DELETE", path(issuer), ""), 404, "CREDENTIAL_NOT_FOUND")
+	}
+	v.want(v.do("DELETE", "/api/v1"+path(cluster), ""), 401, "UNAUTHORIZED")
+
+	var tokens []string
+	var bound []string // the credentials
+	newBound := func(subject string, capabilities ...string) (id string) {
+		id = v.newAgent(capabilities...)
+		bound = append(bound, v.want(v.bind(id, cluster, subject, nil), 201, "").text("credentialId"))
+		tokens = append(tokens, v.want(v.byGrant(h.vouch(v.workloadClaims(cluster, subject))), 200, "").text("access_token"))
+		return id
+	}
+	one := newBound("one", "a:b")
+	newBound("two", auditRead)
+	bound = append(bound, v.want(v.bind(one, cluster, "one again", nil), 201, "").text("credentialId"))
+	v.want(v.bind(one, "https://second.example", "one", nil), 201, "")
+	_, secret := v.quickCredential(one)
+	others := []string{v.token(one, secret, ""), v.want(v.byGrant(h.vouch(v.workloadClaims("https://second.example", "one"))), 200, "").text("access_token")}
+
+	weakID, weakSecret := v.quickClient(agentsWrite)
+	weak := v.token(weakID, weakSecret, "")
+	v.want(v.api(weak, "DELETE", path(cluster), ""), 403, "FORBIDDEN")
+	reader := v.token(v.id, v.secret, agentsRead)
+	v.want(v.api(reader, "DELETE", path(cluster), ""), 403, "FORBIDDEN")
+	for _, token := range tokens {
+		if !v.active(token) {
+			t.Error("a refused request has ended a token")
+		}
+	}
+	v.want(w.api(v.bearer, "DELETE", path(cluster), ""), 204, "")
+	for _, token := range tokens {
+		if v.active(token) {
+			t.Error("a token of an issuer that was cut off is active")
+		}
+	}
+	for _, token := range others {
+		if !v.active(token) {
+			t.Error("a token that is not of the issuer has ended with it")
+		}
+	}
+	var ended []string
+	for _, e := range v.chain() {
+		if e.Action == "credential.revoked" && e.Outcome == "success" {
+			var m members
+			json.Unmarshal(e.Metadata, &m)
+			if ended = append(ended, m["credentialId"].(string)); m["workloadIssuer"] != cluster || idText(e.ActorID) != v.id || e.AgentID == nil {
+				t.Errorf("the event %s of %s says %v", e.EventID, idText(e.ActorID), m)
+			}
+		}
+	}
+	if slices.Sort(ended); !slices.Equal(ended, slices.Sorted(slices.Values(bound))) {
+		t.Errorf("events have the credentials %q, want %q", ended, bound)
+	}
+	v.checkChain()
+
+	// While tokens are being issued on another copy.
+	for round := range rounds(3, 30) {
+		name := fmt.Sprintf("racer%d", round)
+		id := v.newAgent("a:b")
+		v.want(v.bind(id, cluster, name, nil), 201, "")
+		assertion := h.vouch(v.workloadClaims(cluster, name))
+		var mu sync.Mutex
+		var got []string
+		var done atomic.Bool
+		var all sync.WaitGroup
+		for range 4 {
+			all.Go(func() {
+				for !done.Load() {
+					if a := v.byGrant(assertion); a.status == 200 {
+						mu.Lock()
+						got = append(got, a.text("access_token"))
+						mu.Unlock()
+					} else if done.Store(true); a.code() != "invalid_grant" && a.code() != "invalid_client" {
+						t.Errorf("in a race it is answered %v", a)
+					}
+				}
+			})
+		}
+		v.eventually("there are tokens", func() bool { mu.Lock(); defer mu.Unlock(); return len(got) > 3 })
+		v.want(w.api(v.bearer, "DELETE", path(cluster), ""), 204, "")
+		all.Wait()
+		for _, token := range got {
+			if v.active(token) {
+				t.Error("a token of a race is active after its issuer was cut off")
+			}
+		}
+	}
+
+	// The last who can manage agents, and one who cuts itself off.
+	manager := v.newAgent(agentsRead, agentsWrite, tokensRead, auditRead, credentialsWrite)
+	v.want(v.bind(manager, cluster, "manager", nil), 201, "")
+	bearer := v.want(v.byGrant(h.vouch(v.workloadClaims(cluster, "manager"))), 200, "").text("access_token")
+	v.want(v.api(bearer, "DELETE", "/agents/"+weakID, ""), 204, "")
+	v.want(v.api(bearer, "DELETE", "/agents/"+v.id, ""), 204, "")
+	v.want(v.api(bearer, "DELETE", path(cluster), ""), 409, "AGENT_IS_LAST_MANAGER")
+	v.want(v.api(bearer, "POST", "/agents/"+manager+"/credentials", "{}"), 201, "")
+	v.want(v.api(bearer, "DELETE", path(cluster), ""), 204, "")
+	v.want(v.api(bearer, "GET", "/agents", ""), 401, "UNAUTHORIZED")
+}
+
+func TestNobodyIsAWorkloadWithoutIssuers(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "ISSUER", "http://idp.test")
+	assertion := h.vouch(v.workloadClaims(cluster, screener))
+	form := url.Values{"grant_type": {jwtBearer}, "assertion": {assertion}}.Encode()
+	v.want(v.form(v.id, v.secret, "", form), 400, "unsupported_grant_type")
+	v.want(v.byGrant(assertion), 401, "invalid_client")
+	v.want(v.byAssertion("", assertion), 401, "invalid_client")
+	v.want(v.bind(v.id, cluster, screener, nil), 400, "VALIDATION_ERROR")
+	if a := v.do("GET", "/.well-known/oauth-authorization-server", ""); strings.Contains(a.raw, jwtBearer) {
+		t.Errorf("the metadata are %s, want no grant of assertions", a.raw)
+	}
+	// Our own issuer is nobody's.
+	env := (&program{service: v}).build()
+	env.Env = append(env.Env, "PORT=0", "WORKLOAD_ISSUERS="+members{"http://idp.test": members{"jwks": keysOf(h)}}.String())
+	if out, err := env.CombinedOutput(); err == nil || !strings.Contains(string(out), "WORKLOAD_ISSUERS") {
+		t.Errorf("with its own issuer it says %s, %v", out, err)
+	}
+}
+
+// An issuerServer serves the keys of an issuer over https on loopback.
+type issuerServer struct {
+	*httptest.Server
+	set         atomic.Pointer[members]
+	asked       atomic.Int64
+	down        atomic.Bool
+	connections atomic.Int64
+	certificate string // a file
+}
+
+func newIssuerServer(t testing.TB, holders ...holder) *issuerServer {
+	t.Helper()
+	i := &issuerServer{}
+	i.publish(holders...)
+	i.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		i.asked.Add(1)
+		if i.down.Load() {
+			w.WriteHeader(http.StatusInternalServerError)
+		}
+		io.WriteString(w, i.set.Load().String())
+	}))
+	i.Config.ErrorLog = nil
+	i.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			i.connections.Add(1)
+		}
+	}
+	i.TLS = &tls.Config{MinVersion: tls.VersionTLS12}
+	i.StartTLS()
+	t.Cleanup(i.Close)
+	i.certificate = filepath.Join(t.TempDir(), "ca.pem")
+	block := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: i.Certificate().Raw})
+	if err := os.WriteFile(i.certificate, block, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+func (i *issuerServer) publish(holders ...holder) {
+	set := keysOf(holders...)
+	i.set.Store(&set)
+}
+
+// Keys that an issuer serves, and the operator's list of issuers while it runs.
+func TestIssuersServeTheirKeys(t *testing.T) {
+	t.Parallel()
+	h, next := newHolder(t, "ES256"), newHolder(t, "ES256")
+	server, hidden := newIssuerServer(t, h), newIssuerServer(t, h)
+	_, port, _ := net.SplitHostPort(hidden.Listener.Addr().String())
+	issuers := members{cluster: members{"jwksUri": server.URL, "allowPrivate": true}}
+	hosts := []string{"127.0.0.1", "[::ffff:127.0.0.1]", "localhost", "0.0.0.0", "2130706433", "0x7f.1", "[64:ff9b::7f00:1]", "[2002:7f00:1::]"}
+	for n, host := range hosts {
+		issuers[fmt.Sprintf("https://hidden%d.example", n)] = members{"jwksUri": "https://" + host + ":" + port + "/keys"}
+	}
+	file := filepath.Join(t.TempDir(), "issuers.json")
+	write := func(text string) {
+		if err := errors.Join(os.WriteFile(file+".new", []byte(text), 0o600), os.Rename(file+".new", file)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(issuers.String())
+	keys := newKeyFiles(t, testKey(), "")
+	p := newProgram(t, newDatabase(t), newRedis(t), keys.env("WORKLOAD_ISSUERS_FILE", file, "SSL_CERT_FILE", server.certificate,
+		"HTTPS_PROXY", hidden.URL, "HTTP_PROXY", hidden.URL)...)
+	id := p.newAgent("a:b")
+	p.want(p.bind(id, cluster, screener, nil), 201, "")
+	assertion := h.vouch(p.workloadClaims(cluster, screener))
+	p.wantBoth("keys of a server", assertion, true)
+	if n := server.asked.Load(); n != 1 {
+		t.Errorf("keys were asked for %d times, want once", n)
+	}
+	for n := range hosts {
+		issuer := fmt.Sprintf("https://hidden%d.example", n)
+		p.want(p.bind(id, issuer, screener, nil), 201, "")
+		p.want(p.byGrant(h.vouch(p.workloadClaims(issuer, screener))), 503, "temporarily_unavailable")
+	}
+	if n := hidden.connections.Load(); n != 0 {
+		t.Errorf("%d connections reached a private address", n)
+	}
+	for n := range 50 {
+		unknown := h.sign(members{"alg": "ES256", "kid": fmt.Sprintf("none%d", n)}, p.workloadClaims(cluster, screener))
+		p.wantBoth("a kid that nobody knows", unknown, false)
+	}
+	if n := server.asked.Load(); n > 2 { // the harness may be slow, but not by half a minute
+		t.Errorf("for kids that nobody knows, keys were asked for %d times", n)
+	}
+
+	// Other signing keys leave what is known of the issuer's.
+	asked := server.asked.Load()
+	server.down.Store(true)
+	keys.set(ellipticKey(), publicPEM(t, testKey()))
+	if line := p.hangup(); !strings.Contains(line, `"msg":"keys read"`) || !strings.Contains(line, fmt.Sprintf(`"workloadIssuers":%d`, len(issuers))) {
+		t.Errorf("with another signing key it logs %s", line)
+	}
+	p.wantBoth("after other signing keys", assertion, true)
+	if n := server.asked.Load(); n != asked {
+		t.Errorf("after other signing keys, the issuer was asked again")
+	}
+	server.down.Store(false)
+
+	// What is wrong leaves the old.
+	for name, text := range map[string]string{"no JSON": "canary", "a key that is none": members{cluster: members{"jwks": members{"keys": []any{"canary"}}}}.String(),
+		"our own": members{p.env["ISSUER"]: members{"jwks": keysOf(h)}}.String()} {
+		write(text)
+		if line := p.hangup(); !strings.Contains(line, `"msg":"keys not read, the old ones stay"`) || !strings.Contains(line, "WORKLOAD_ISSUERS is") && !strings.Contains(line, "WORKLOAD_ISSUERS ") {
+			t.Errorf("with %s it logs %s", name, line)
+		}
+		p.wantBoth("with "+name, assertion, true)
+	}
+	// One that is taken out, or has other keys, gets no new token; by itself, too.
+	token := p.want(p.byGrant(assertion), 200, "").text("access_token")
+	write(members{"https://other.example": members{"jwks": keysOf(h)}}.String())
+	p.hangup()
+	p.wantBoth("taken out", assertion, false)
+	if !p.active(token) {
+		t.Error("a token has ended with its issuer's place in the file")
+	}
+	p.want(p.bind(id, cluster, "another", nil), 400, "VALIDATION_ERROR")
+	write(members{cluster: members{"jwks": keysOf(next)}}.String())
+	p.eventually("the file is read by itself", func() bool { return p.byGrant(next.vouch(p.workloadClaims(cluster, screener))).status == 200 })
+	p.wantBoth("the old key", assertion, false)
+	write("")
+	p.hangup()
+	p.want(p.byGrant(assertion), 401, "invalid_client") // nobody is a workload then
+	write(issuers.String())
+	p.hangup()
+	server.publish(next)
+	p.wantBoth("rotated", next.vouch(p.workloadClaims(cluster, screener)), true)
+	p.wantBoth("the key before", assertion, false)
+}

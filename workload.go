@@ -1,0 +1,364 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// A workload is an agent that has neither a secret nor a key of its own here: an
+// issuer whom the operator trusts says who it is, in a token for us (RFC 7523). Its
+// credential names that issuer and the subject; nothing but equality counts.
+type workload struct {
+	Issuer  string            `json:"issuer"`
+	Subject string            `json:"subject"`
+	Claims  map[string]string `json:"claims,omitempty"` // that the token must have too
+}
+
+const (
+	jwtBearerGrant  = "urn:ietf:params:oauth:grant-type:jwt-bearer" // RFC 7523, section 2.1
+	spiffeAssertion = "urn:ietf:params:oauth:client-assertion-type:jwt-spiffe"
+	workloadLife    = 24 * time.Hour // that an assertion of one may live on
+
+	keysAgain    = 30 * time.Second // from one question for an issuer's keys to the next
+	keysFresh    = 10 * time.Minute // until they are asked for again
+	keysLast     = time.Hour        // without an answer, and then they are dead
+	maxKeySet    = 256 << 10        // bytes
+	maxKeys      = 64
+	fetchTimeout = 5 * time.Second
+)
+
+func (s *server) readWorkload(value any) (w workload, err error) {
+	members, _ := value.(map[string]any)
+	claims, hasClaims := members["claims"].(map[string]any)
+	w.Issuer, _ = members["issuer"].(string)
+	w.Subject, _ = members["subject"].(string)
+	known := 2
+	if hasClaims {
+		known, w.Claims = 3, map[string]string{}
+	}
+	for name, value := range claims {
+		text, ok := value.(string)
+		if w.Claims[name] = text; !ok || text == "" || len(claims) > 16 || strings.ContainsFunc(name+text, unicode.IsControl) {
+			return w, errors.New("must have up to 16 claims, each a text without control characters")
+		}
+	}
+	if w.Subject == "" || len(w.Subject) > 512 || len(members) != known || strings.ContainsFunc(w.Subject, unicode.IsControl) {
+		return w, errors.New("must have an issuer, a subject of at most 512 characters, and claims or none, like {\"issuer\":\"https://...\",\"subject\":\"...\"}")
+	}
+	if (*s.issuers.Load())[w.Issuer] == nil {
+		return w, errors.New("must have an issuer that WORKLOAD_ISSUERS trusts, letter by letter")
+	}
+	return w, nil
+}
+
+// A trustedIssuer is one that WORKLOAD_ISSUERS names, and what is known of its keys.
+type trustedIssuer struct {
+	JWKS         keySet `json:"jwks"`
+	JWKSURI      string `json:"jwksUri"`
+	SingleUse    bool   `json:"singleUse"`    // each assertion is good once
+	AllowPrivate bool   `json:"allowPrivate"` // that jwksUri leads into our own networks
+
+	client   *http.Client
+	mu       sync.Mutex
+	keys     []jwk
+	answered time.Time // when they came
+	tried    time.Time // when they were asked for the last time
+	fetching chan struct{}
+	failed   error
+}
+
+type keySet map[string]any // RFC 7517, section 5
+
+// A workloadConfig is WORKLOAD_ISSUERS.
+type workloadConfig struct {
+	issuers map[string]*trustedIssuer
+	text    string // tells whether they have changed
+}
+
+func parseWorkloads(text string) (workloadConfig, error) {
+	issuers, err := parseIssuers(text)
+	return workloadConfig{issuers, text}, err
+}
+
+func parseIssuers(text string) (map[string]*trustedIssuer, error) {
+	issuers, d := map[string]*trustedIssuer{}, json.NewDecoder(strings.NewReader(text))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&issuers); err != nil {
+		return nil, errors.New("it is no JSON of this form")
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return nil, errors.New("something follows its JSON")
+	}
+	for name, i := range issuers {
+		if i == nil || name == "" || len(name) > 512 || (i.JWKS == nil) == (i.JWKSURI == "") {
+			return nil, errors.New("each issuer must have a name, and either jwks or jwksUri")
+		}
+		if u, err := url.Parse(i.JWKSURI); i.JWKS == nil && (err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil) {
+			return nil, errors.New("a jwksUri must be an https URL")
+		}
+		if i.JWKS != nil {
+			if i.keys = i.JWKS.usable(); i.keys == nil {
+				return nil, errors.New("a jwks has no key of RSA, P-256 or Ed25519 for signatures, or more than 64")
+			}
+		}
+		i.client = newFetcher(i.AllowPrivate)
+	}
+	return issuers, nil
+}
+
+// usable are the keys that verify here; others are passed over (RFC 7517, section 5).
+func (set keySet) usable() (keys []jwk) {
+	list, _ := set["keys"].([]any)
+	if len(list) > maxKeys {
+		return nil
+	}
+	for _, members := range list {
+		if k, err := readJWK(members); err == nil {
+			keys = append(keys, k)
+		}
+	}
+	return keys
+}
+
+// newFetcher makes a client that follows no redirect, asks no proxy, and, where it
+// may not, connects to no address of a private network: that is looked at behind
+// the look-up of the name, which the issuer's owner decides.
+func newFetcher(allowPrivate bool) *http.Client {
+	dialer := &net.Dialer{Timeout: fetchTimeout, Control: func(_, address string, _ syscall.RawConn) error {
+		if to, err := netip.ParseAddrPort(address); err != nil || !allowPrivate && !isPublic(to.Addr()) {
+			return errors.New("its address is not a public one; allowPrivate lets that pass")
+		}
+		return nil
+	}}
+	return &http.Client{
+		Timeout:       fetchTimeout,
+		Transport:     &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true, MaxResponseHeaderBytes: 16 << 10},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+}
+
+// special are networks that are nobody's on the Internet, or lead to others (IANA's
+// registries of special-purpose addresses), beside what netip knows.
+var special = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("100.64.0.0/10"), netip.MustParsePrefix("192.0.0.0/24"),
+	netip.MustParsePrefix("192.0.2.0/24"), netip.MustParsePrefix("192.88.99.0/24"), netip.MustParsePrefix("198.18.0.0/15"),
+	netip.MustParsePrefix("198.51.100.0/24"), netip.MustParsePrefix("203.0.113.0/24"), netip.MustParsePrefix("240.0.0.0/4"),
+	netip.MustParsePrefix("2001::/23"), netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("3fff::/20"),
+}
+
+var unicast = netip.MustParsePrefix("2000::/3") // of IPv6
+
+func isPublic(a netip.Addr) bool {
+	a = a.Unmap().WithZone("")
+	return a.IsGlobalUnicast() && !a.IsPrivate() && (a.Is4() || unicast.Contains(a)) &&
+		!slices.ContainsFunc(special, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// find returns the keys that may have signed. Only who finds that they have to be
+// asked for waits for that, and nobody else; an unknown kid has them asked for at
+// most every keysAgain. An error is that there are none.
+func (i *trustedIssuer) find(ctx context.Context, kid string) ([]jwk, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	found, now := i.named(kid), time.Now()
+	if i.JWKS != nil {
+		return found, nil
+	}
+	if (found == nil || now.Sub(i.answered) > keysFresh) && i.fetching == nil && now.Sub(i.tried) >= keysAgain {
+		done := make(chan struct{})
+		i.tried, i.fetching = now, done
+		go i.fetch()
+		if found == nil || now.Sub(i.answered) > keysLast {
+			i.mu.Unlock()
+			select {
+			case <-done:
+			case <-ctx.Done():
+			}
+			i.mu.Lock()
+			found = i.named(kid)
+		}
+	}
+	if i.keys == nil || time.Since(i.answered) > keysLast || found == nil && (i.fetching != nil || i.failed != nil) {
+		return nil, errUnavailable.because("The keys of the assertion's issuer can't be had now; try again.")
+	}
+	return found, nil
+}
+
+func (i *trustedIssuer) named(kid string) (keys []jwk) {
+	for _, k := range i.keys {
+		if kid == "" || k.Kid == kid {
+			keys = append(keys, k)
+		}
+	}
+	return keys
+}
+
+// fetch is nobody's request, so that none that is given up takes the keys from others.
+func (i *trustedIssuer) fetch() {
+	var set keySet
+	answer, err := i.client.Get(i.JWKSURI)
+	if err == nil {
+		err = json.NewDecoder(http.MaxBytesReader(nil, answer.Body, maxKeySet)).Decode(&set)
+		answer.Body.Close()
+		if err == nil && answer.StatusCode != http.StatusOK {
+			err = fmt.Errorf("it answers %s", answer.Status)
+		}
+	}
+	keys := set.usable()
+	if err == nil && keys == nil {
+		err = errors.New("it has no key that can be used here, or more than 64")
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if (err == nil) != (i.failed == nil) {
+		slog.Warn("keys of a workload's issuer", "jwksUri", i.JWKSURI, "well", err == nil, "error", err)
+	}
+	if i.failed = err; err == nil {
+		i.keys, i.answered = keys, time.Now()
+	}
+	close(i.fetching)
+	i.fetching = nil
+}
+
+// checkWorkload returns the client whose credential names who this assertion is of.
+func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, asGrant bool) (o client, err error) {
+	audiences := []string{s.cfg.issuer}
+	if asGrant { // RFC 7523, section 3
+		audiences = append(audiences, s.cfg.issuer+"/api/v1/token")
+	}
+	// The access token of another AgentIdP is one of these.
+	types := []string{"JWT", "JOSE", "client-authentication+jwt", "at+jwt"}
+	needed := []string{"sub"}
+	if trusted.SingleUse {
+		needed = append(needed, "jti")
+	}
+	if err := a.check(s.now(), workloadLife, types, audiences, needed...); err != nil {
+		return o, err
+	}
+	if strings.ContainsFunc(a.sub+a.id, unicode.IsControl) {
+		return o, flaw("must have no control characters in its sub and jti")
+	}
+	keys, err := trusted.find(r.Context(), a.kid)
+	if err != nil {
+		return o, err
+	}
+	if !slices.ContainsFunc(keys, func(k jwk) bool { return k.verifies(a) }) {
+		return o, flaw("is not signed by a key of its issuer")
+	}
+	if o, err = s.loadWorkload(r, a); err != nil {
+		return o, err
+	}
+	if o.refusal() != nil {
+		return o, o.refusal()
+	}
+	o.proved = facts{"issuer": a.issuer, "subject": a.sub, "jti": a.id} // of the assertion
+	if trusted.SingleUse {
+		err = s.useAssertion(r.Context(), a)
+	}
+	return o, err
+}
+
+// loadWorkload finds the one agent with a credential that names this workload; the
+// client_id chooses where there are several.
+func (s *server) loadWorkload(r *request, a assertion) (found client, err error) {
+	id := r.form.Get("client_id")
+	rows, _ := s.db.Query(r.Context(), `
+		select `+clientColumns+`, coalesce(c.workload -> 'claims', '{}')
+		from credentials c
+		join agents a on a.agent_id = c.client_id
+		where c.workload ->> 'subject' = $1 and c.workload ->> 'issuer' = $2
+			and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())
+		order by c.credential_id`, a.sub, a.issuer)
+	var o client
+	var claims map[string]string
+	several := false
+	_, err = pgx.ForEachRow(rows, append(o.columns(), &claims), func() error {
+		if id != "" && id != o.AgentID {
+			return nil
+		}
+		for name, want := range claims {
+			if a.claims[name] != want {
+				return nil
+			}
+		}
+		several = several || found.AgentID != "" && found.AgentID != o.AgentID
+		found = o
+		return nil
+	})
+	switch {
+	case err != nil:
+		return client{}, fmt.Errorf("loading a workload: %w", err)
+	case found.AgentID == "":
+		return client{}, flaw("is of a workload that no active credential names")
+	case several:
+		return client{}, errForm.because("Several agents are this workload; choose one by client_id.")
+	}
+	return found, nil
+}
+
+// revokeWorkloads ends all credentials of an issuer, and with them all tokens that came
+// from it: it was broken into. Whoever may not do that to each of the agents does
+// it to none.
+func (s *server) revokeWorkloads(r *request) (any, error) {
+	in := readQuery(r)
+	issuer := take(in, "workloadIssuer", matching("must be an issuer of workloads", func(s string) bool {
+		return s != "" && len(s) <= 512 && utf8.ValidString(s) && !strings.ContainsFunc(s, unicode.IsControl)
+	}))
+	if issuer == nil && in.faults["workloadIssuer"] == nil {
+		in.faults["workloadIssuer"] = "is missing: the issuer whose workloads' credentials are to end"
+	}
+	if err := in.problem(); err != nil {
+		return nil, err
+	}
+	whom := func(ctx context.Context, tx pgx.Tx) ([]string, error) {
+		rows, _ := tx.Query(ctx, `
+			select distinct client_id::text
+			from credentials
+			where workload ->> 'issuer' = $1 and status = 'active'`, *issuer)
+		return pgx.CollectRows(rows, pgx.RowTo[string])
+	}
+	return nil, s.changeAll(r, whom, func(ctx context.Context, tx pgx.Tx, agents []string) (events []event, err error) {
+		managed := false
+		for _, id := range agents {
+			a, err := loadAgent(ctx, tx, id)
+			if err == nil {
+				err = r.caller.mayGrant(a.Capabilities)
+			}
+			if err != nil {
+				return nil, err
+			}
+			managed = managed || manages(a)
+		}
+		rows, _ := tx.Query(ctx, revokeCredentials+`client_id = any($1) and workload ->> 'issuer' = $2 and status = 'active'
+			returning client_id::text, credential_id::text`, agents, *issuer)
+		var agentID, credentialID string
+		_, err = pgx.ForEachRow(rows, []any{&agentID, &credentialID}, func() error {
+			events = append(events, newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID, "workloadIssuer": *issuer}))
+			return nil
+		})
+		if err == nil && events == nil {
+			err = errNoCredential.because("No active credential is of this issuer.")
+		}
+		if err == nil && managed {
+			err = wantManager(ctx, tx)
+		}
+		return events, err
+	})
+}
