@@ -20,6 +20,7 @@ func FuzzFront(f *testing.F) {
 	const origin = "https://console.example.com"
 	s := &server{vault: newVault(), redis: &cache{}, meter: newMeter(), cfg: config{issuer: testIssuer, corsOrigin: origin}}
 	s.keys.Store(mustReadKeys(f, testKey(), ""))
+	s.issuers.Store(&map[string]*trustedIssuer{})
 	s.clock.Store(&reading{time.Now(), time.Now()})
 	public := map[string]bool{}
 	for _, rt := range s.routes() {

@@ -123,8 +123,16 @@ func TestSlowAnswerLeavesTheClock(t *testing.T) {
 // Copies that sweep at the same time don't wait for each other: one does it.
 func TestOneCopySweepsAtATime(t *testing.T) {
 	t.Parallel()
-	s, _, _ := newServer(t)
 	ctx := t.Context()
+	cfg, err := loadConfig(lookup(map[string]string{"JWT_PRIVATE_KEY": testKey(), "DATABASE_URL": newDatabase(t), "REDIS_URL": testRedisURL}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := open(ctx, cfg, false) // without a keeper of its own
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
 	left := func() (n int) {
 		t.Helper()
 		if err := s.db.QueryRow(ctx, `select count(*) from token_revocations`).Scan(&n); err != nil {
