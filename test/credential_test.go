@@ -65,7 +65,7 @@ func TestCredentialLifecycle(t *testing.T) {
 	id := v.newAgent("resumes:read")
 	path := "/agents/" + id + "/credentials"
 	names := func(a answer) string { return fmt.Sprint(slices.Sorted(maps.Keys(a.body))) }
-	const fields = "clientId createdAt credentialId expiresAt keyThumbprint kind revokedAt secretPrefix status"
+	const fields = "clientId createdAt credentialId expiresAt keyThumbprint kind revokedAt secretPrefix status workload"
 	isMoment := func(text string) bool {
 		at, err := time.Parse("2006-01-02T15:04:05.000Z", text)
 		return err == nil && time.Since(at).Abs() < time.Hour
@@ -73,7 +73,7 @@ func TestCredentialLifecycle(t *testing.T) {
 
 	made := v.want(v.api(v.bearer, "POST", path, "{}"), 201, "")
 	credentialID, first := made.text("credentialId"), made.text("clientSecret")
-	if got := names(made); got != "[clientId clientSecret createdAt credentialId expiresAt keyThumbprint kind revokedAt secretPrefix status]" {
+	if got := names(made); got != "[clientId clientSecret createdAt credentialId expiresAt keyThumbprint kind revokedAt secretPrefix status workload]" {
 		t.Errorf("a new credential has %s", got)
 	}
 	if !isID(credentialID) || made.text("clientId") != id || made.text("status") != "active" || !isMoment(made.text("createdAt")) ||

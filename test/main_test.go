@@ -54,6 +54,10 @@ func TestMain(m *testing.M) {
 	go showWork()
 	code := m.Run()
 	os.RemoveAll(testFolder)
+	if err := askServer("drop database if exists " + preparedDatabase); err != nil {
+		fmt.Fprintln(os.Stderr, "FAIL: the prepared database:", err)
+		code = 1
+	}
 	if err := answers.close(code == 0); err != nil {
 		fmt.Fprintln(os.Stderr, "FAIL: recording answers:", err)
 		code = 1
@@ -167,7 +171,11 @@ func newServiceProgram(t testing.TB, env ...string) *program {
 	t.Helper()
 	v := &service{t: t, watched: true, env: programEnv("", "", append([]string{"ISSUER", "", "LOG_LEVEL", "debug"}, env...)...)}
 	if v.env["DATABASE_URL"] == "" {
-		v.env["DATABASE_URL"] = newDatabase(t)
+		first, err := prepared()
+		if err != nil {
+			t.Fatal(err)
+		}
+		v.id, v.secret, v.env["DATABASE_URL"] = first.id, first.secret, copyDatabase(t, first.database)
 	}
 	if v.env["REDIS_URL"] == "" {
 		v.env["REDIS_URL"] = newRedis(t)
@@ -184,34 +192,61 @@ func (v *service) another(env ...string) *service {
 // newDatabase makes an empty database that is dropped when the test ends.
 func newDatabase(t testing.TB) string {
 	t.Helper()
-	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, testDatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(ctx)
+	return copyDatabase(t, "template1")
+}
+
+// copyDatabase makes a copy of a database, to which nobody may be connected.
+func copyDatabase(t testing.TB, of string) string {
+	t.Helper()
 	name := fmt.Sprintf("agentidp_test_%d_%d", os.Getpid(), databaseNumber.Add(1))
-	if _, err := conn.Exec(ctx, "create database "+name); err != nil {
+	if err := askServer("create database " + name + " template " + of); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		conn, err := pgx.Connect(ctx, testDatabaseURL)
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		defer conn.Close(ctx)
-		if _, err := conn.Exec(ctx, "drop database "+name+" with (force)"); err != nil {
+		if err := askServer("drop database " + name + " with (force)"); err != nil {
 			t.Error(err)
 		}
 	})
+	return databaseURL(name)
+}
+
+func askServer(sql string) error {
+	ctx := context.Background()
+	conn, err := pgx.Connect(ctx, testDatabaseURL)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx)
+	_, err = conn.Exec(ctx, sql)
+	return err
+}
+
+func databaseURL(name string) string {
 	u, err := url.Parse(testDatabaseURL)
 	if err != nil {
-		t.Fatal(err)
+		panic(err)
 	}
 	u.Path = "/" + name
 	return u.String()
 }
+
+type firstAgent struct{ database, id, secret string }
+
+var preparedDatabase = fmt.Sprintf("agentidp_prepared_%d", os.Getpid())
+
+// prepared makes a database in which a first agent is, once: to apply the schema and
+// to hash a secret takes longer than to copy it.
+var prepared = sync.OnceValues(func() (firstAgent, error) {
+	first := firstAgent{database: preparedDatabase}
+	if err := askServer("create database " + first.database); err != nil {
+		return first, err
+	}
+	out, err := command(context.Background(), programEnv(databaseURL(first.database), testRedisURL), io.Discard, "bootstrap", "first@example.com")
+	if err == nil {
+		_, err = fmt.Sscanf(out, "client_id: %s\nclient_secret: %s\n", &first.id, &first.secret)
+	}
+	return first, err
+})
 
 // newRedis takes an empty Redis database until the test ends.
 func newRedis(t testing.TB) string {
