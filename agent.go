@@ -50,7 +50,7 @@ type agentChange struct {
 	TokenTTL          *ownLimit `json:"tokenTtl,omitempty"`
 }
 
-// allows tells whether it changes any of those.
+// allows tells whether it changes the allowance.
 func (q agentChange) allows() bool {
 	return q.Resources != nil || q.RateLimit != nil || q.MonthlyTokenLimit != nil || q.TokenTTL != nil
 }

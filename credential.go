@@ -98,6 +98,11 @@ func (s *server) giveProof(r *request, credentialID, did string) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	if q.workload != nil { // it names somebody whom others know too
+		if err := r.caller.need(agentsWrite); err != nil {
+			return nil, err
+		}
+	}
 	agentID, plain := r.PathValue("agentId"), newSecret()
 	if _, err := mayManage(r.Context(), s.db, r.caller, agentID, "active"); err != nil { // who may not gets no turn at hashing
 		return nil, err

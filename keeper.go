@@ -51,17 +51,18 @@ func (s *server) keepPostgres(ctx context.Context) error {
 		err = s.probe(ctx)
 		s.postgres.beat(err)
 	}
-	if err == nil && time.Since(s.swept) > time.Second && s.clockDistance().Abs() < clockTrust {
+	if err != nil { // else each connection that is dead unseen would cost a time-out, one after another
+		s.postgres.beat(err)
+		s.db.Reset()
+		s.inner.Reset()
+		return err
+	}
+	if time.Since(s.swept) > time.Second && s.clockDistance().Abs() < clockTrust {
 		s.swept = time.Now() // few at a time, since a long stop may have left many; and one copy at a time, or they would wait for each other
 		err = execSQL(ctx, s.inner, "deleting expired revocations", `
 			with turn as materialized (select pg_try_advisory_xact_lock($1) as mine)
 			delete from token_revocations
 			where jti in (select jti from token_revocations where expires_at < now() and (select mine from turn) limit 10000)`, sweepLock)
-	}
-	if err != nil { // else each connection that is dead unseen would cost a time-out, one after another
-		s.postgres.beat(err)
-		s.db.Reset()
-		s.inner.Reset()
 	}
 	return err
 }

@@ -68,6 +68,7 @@ begin
             add column public_key json, -- as a JWK, with its alg
             add column key_thumbprint text, -- RFC 7638
             add column workload json, -- its issuer, subject, and claims if there are any
+            add constraint credentials_secret_check check ((kind = 'secret') = (secret_hash <> '')), -- so that the program before rotates no other
             add constraint credentials_workload_check check ((kind = 'workload') = (workload is not null)),
             add constraint credentials_key_check check (num_nulls(public_key, key_thumbprint) = case kind when 'key' then 0 else 2 end);
     end if;

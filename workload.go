@@ -215,11 +215,12 @@ func (i *trustedIssuer) fetch() {
 	var set keySet
 	answer, err := i.client.Get(i.JWKSURI)
 	if err == nil {
-		err = json.NewDecoder(http.MaxBytesReader(nil, answer.Body, maxKeySet)).Decode(&set)
-		answer.Body.Close()
-		if err == nil && answer.StatusCode != http.StatusOK {
+		if answer.StatusCode == http.StatusOK {
+			err = json.NewDecoder(http.MaxBytesReader(nil, answer.Body, maxKeySet)).Decode(&set)
+		} else {
 			err = fmt.Errorf("it answers %s", answer.Status)
 		}
+		answer.Body.Close()
 	}
 	keys := set.usable()
 	if err == nil && keys == nil {
@@ -279,26 +280,26 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 // client_id chooses where there are several.
 func (s *server) loadWorkload(r *request, a assertion) (found client, err error) {
 	id := r.form.Get("client_id")
+	if id != "" && !isID(id) {
+		return found, flaw("is of a workload that no active credential names")
+	}
 	rows, _ := s.db.Query(r.Context(), `
 		select `+clientColumns+`, coalesce(c.workload -> 'claims', '{}')
 		from credentials c
 		join agents a on a.agent_id = c.client_id
-		where c.workload ->> 'subject' = $1 and c.workload ->> 'issuer' = $2
+		where c.workload ->> 'subject' = $1 and c.workload ->> 'issuer' = $2 and ($3 = '' or c.client_id::text = $3)
 			and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())
-		order by c.credential_id`, a.sub, a.issuer)
+		order by a.status = 'active', c.credential_id`, a.sub, a.issuer, id)
 	var o client
 	var claims map[string]string
 	several := false
 	_, err = pgx.ForEachRow(rows, append(o.columns(), &claims), func() error {
-		if id != "" && id != o.AgentID {
-			return nil
-		}
 		for name, want := range claims {
 			if a.claims[name] != want {
 				return nil
 			}
 		}
-		several = several || found.AgentID != "" && found.AgentID != o.AgentID
+		several = found.agentStatus == "active" && found.AgentID != o.AgentID || several
 		found = o
 		return nil
 	})
@@ -336,17 +337,21 @@ func (s *server) revokeWorkloads(r *request) (any, error) {
 	}
 	return nil, s.changeAll(r, whom, func(ctx context.Context, tx pgx.Tx, agents []string) (events []event, err error) {
 		managed := false
-		for _, id := range agents {
-			a, err := loadAgent(ctx, tx, id)
+		rows, _ := tx.Query(ctx, `
+			select `+agentColumns+`
+			from agents
+			where agent_id = any($1)`, agents)
+		concerned, err := pgx.CollectRows(rows, pgx.RowToStructByName[agent])
+		for _, a := range concerned {
 			if err == nil {
 				err = r.caller.mayGrant(a.Capabilities)
 			}
-			if err != nil {
-				return nil, err
-			}
 			managed = managed || manages(a)
 		}
-		rows, _ := tx.Query(ctx, revokeCredentials+`client_id = any($1) and workload ->> 'issuer' = $2 and status = 'active'
+		if err != nil {
+			return nil, err
+		}
+		rows, _ = tx.Query(ctx, revokeCredentials+`client_id = any($1) and workload ->> 'issuer' = $2 and status = 'active'
 			returning client_id::text, credential_id::text`, agents, *issuer)
 		var agentID, credentialID string
 		_, err = pgx.ForEachRow(rows, []any{&agentID, &credentialID}, func() error {

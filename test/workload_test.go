@@ -710,3 +710,50 @@ func TestIssuersServeTheirKeys(t *testing.T) {
 	p.wantBoth("rotated", next.vouch(p.workloadClaims(cluster, screener)), true)
 	p.wantBoth("the key before", assertion, false)
 }
+
+// Who manages only its own credentials can't bind itself to whom another agent is, nor
+// does an agent that isn't active stand in the way.
+func TestNobodyTakesAWorkloadFromAnother(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h}, nil))
+	id, intruder := v.newAgent("a:b"), v.newAgent("a:b", credentialsWrite)
+	v.want(v.bind(id, cluster, "screener", nil), 201, "")
+	body := members{"workload": members{"issuer": cluster, "subject": "screener"}}.String()
+	own := v.bearerOf(intruder, credentialsWrite)
+	v.want(v.api(own, "POST", "/agents/"+intruder+"/credentials", body), 403, "FORBIDDEN")
+	mine := v.want(v.bind(intruder, cluster, "another", nil), 201, "").text("credentialId")
+	v.want(v.api(own, "POST", "/agents/"+intruder+"/credentials/"+mine+"/rotate", body), 403, "FORBIDDEN")
+	v.want(v.byGrant(h.vouch(v.workloadClaims(cluster, "screener"))), 200, "")
+
+	v.want(v.bind(intruder, cluster, "screener", nil), 201, "")
+	v.want(v.byGrant(h.vouch(v.workloadClaims(cluster, "screener"))), 400, "invalid_request")
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+intruder, `{"status":"suspended"}`), 200, "")
+	token := v.want(v.byGrant(h.vouch(v.workloadClaims(cluster, "screener"))), 200, "").text("access_token")
+	if sub := readClaims(t, token).Subject; sub != id {
+		t.Errorf("the token is of %s, want the active agent's", sub)
+	}
+	v.want(v.byGrant(h.vouch(v.workloadClaims(cluster, "screener")), "client_id", intruder), 403, "unauthorized_client")
+}
+
+// The program before knows secrets alone: its rotation of a key or a workload fails, and
+// doesn't say that it has ended what it hasn't.
+func TestProgramBeforeRotatesNoKeyAndNoWorkload(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h}, nil))
+	id := v.newAgent("a:b")
+	key := v.want(v.register(id, h.jwk), 201, "").text("credentialId")
+	workload := v.want(v.bind(id, cluster, "screener", nil), 201, "").text("credentialId")
+	_, _ = v.newCredential(id)
+	for _, credentialID := range []string{key, workload} {
+		_, err := v.db.Exec(t.Context(), `
+			insert into credentials (credential_id, client_id, secret_prefix, secret_hash, secret_id, expires_at)
+			values ($1, $2, '0123456789abcdef', '$2a$10$x', $3, null)
+			on conflict (credential_id) do update
+			set secret_prefix = excluded.secret_prefix, secret_hash = excluded.secret_hash, secret_id = excluded.secret_id`, credentialID, id, newID())
+		if err == nil || !strings.Contains(err.Error(), "credentials_secret_check") {
+			t.Errorf("a rotation by the program before: %v", err)
+		}
+	}
+}
