@@ -179,7 +179,7 @@ func (v *Verifier) key(ctx context.Context, name [2]string) (key, error) {
 		v.tried, v.fetching = now, make(chan struct{})
 		go v.fetch()
 	}
-	if done := v.fetching; done != nil && (v.keys[name] == nil || v.failed == nil && now.After(v.fresh.Add(keysFresh))) {
+	if done := v.fetching; done != nil && (v.keys[name] == nil || now.After(v.fresh.Add(keysLast)) || v.failed == nil && now.After(v.fresh.Add(keysFresh))) {
 		v.mu.Unlock()
 		select {
 		case <-done:
