@@ -166,3 +166,30 @@ func TestOneCopySweepsAtATime(t *testing.T) {
 		}
 	}
 }
+
+// What has expired may lie for long, so that it can't be deleted is no reason to refuse requests.
+func TestSweepThatFailsIsNoLostStore(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	cfg, err := loadConfig(lookup(map[string]string{"JWT_PRIVATE_KEY": testKey(), "DATABASE_URL": newDatabase(t), "REDIS_URL": testRedisURL}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := open(ctx, cfg, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.close()
+	for _, sql := range []string{
+		`insert into token_revocations values (gen_random_uuid(), now() - interval '1 hour')`,
+		`create function refuse() returns trigger language plpgsql as $$ begin raise exception 'refused'; end $$`,
+		`create trigger refuse before delete on token_revocations for each row execute function refuse()`,
+	} {
+		if _, err := s.db.Exec(ctx, sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.keepPostgres(ctx); err == nil || !s.postgres.well() {
+		t.Errorf("a sweep that fails: %v, and PostgreSQL is well: %v; want an error, and that it is", err, s.postgres.well())
+	}
+}
