@@ -136,8 +136,11 @@ func (k jwk) thumbprint() string {
 // verifies tells whether the key has signed this. It is for one algorithm, so that
 // nobody can choose another (RFC 8725, section 3.1).
 func (k jwk) verifies(a assertion) bool {
+	if a.alg != k.Alg && (k.Kty != "OKP" || !slices.Contains(assertionAlgs[3:], a.alg)) { // the two names are one algorithm (RFC 9864)
+		return false
+	}
 	public, err := k.public()
-	if err != nil || a.alg != k.Alg && (k.Kty != "OKP" || !slices.Contains(assertionAlgs[3:], a.alg)) { // the two names are one algorithm (RFC 9864)
+	if err != nil {
 		return false
 	}
 	digest := sha256.Sum256([]byte(a.signed))

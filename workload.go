@@ -92,35 +92,31 @@ type workloadConfig struct {
 	text    string // tells whether they have changed
 }
 
-func parseWorkloads(text string) (workloadConfig, error) {
-	issuers, err := parseIssuers(text)
-	return workloadConfig{issuers, text}, err
-}
-
-func parseIssuers(text string) (map[string]*trustedIssuer, error) {
-	issuers, d := map[string]*trustedIssuer{}, json.NewDecoder(strings.NewReader(text))
+func parseWorkloads(text string) (cfg workloadConfig, err error) {
+	cfg.text = text
+	d := json.NewDecoder(strings.NewReader(text))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&issuers); err != nil {
-		return nil, errors.New("it is no JSON of this form")
+	if err := d.Decode(&cfg.issuers); err != nil {
+		return cfg, errors.New("it is no JSON of this form")
 	}
 	if _, err := d.Token(); err != io.EOF {
-		return nil, errors.New("something follows its JSON")
+		return cfg, errors.New("something follows its JSON")
 	}
-	for name, i := range issuers {
+	for name, i := range cfg.issuers {
 		if i == nil || name == "" || len(name) > 512 || (i.JWKS == nil) == (i.JWKSURI == "") {
-			return nil, errors.New("each issuer must have a name, and either jwks or jwksUri")
+			return cfg, errors.New("each issuer must have a name, and either jwks or jwksUri")
 		}
 		if u, err := url.Parse(i.JWKSURI); i.JWKS == nil && (err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil) {
-			return nil, errors.New("a jwksUri must be an https URL")
+			return cfg, errors.New("a jwksUri must be an https URL")
 		}
 		if i.JWKS != nil {
 			if i.keys = i.JWKS.usable(); i.keys == nil {
-				return nil, errors.New("a jwks has no key of RSA, P-256 or Ed25519 for signatures, or more than 64")
+				return cfg, errors.New("a jwks has no key of RSA, P-256 or Ed25519 for signatures, or more than 64")
 			}
 		}
 		i.client = newFetcher(i.AllowPrivate)
 	}
-	return issuers, nil
+	return cfg, nil
 }
 
 // usable are the keys that verify here; others are passed over (RFC 7517, section 5).
