@@ -382,37 +382,11 @@ func benchTokens(ctx context.Context) error {
 // benchKeys issues tokens to a client that signs with a key of its own, beside
 // those to a client whose secret is known.
 func benchKeys(ctx context.Context) error {
-	for _, alg := range []string{"RS256", "ES256"} {
-		key, l, err := newKey(alg)
-		if err != nil {
-			return err
-		}
-		for _, n := range []int{1, 2} {
-			if err := benchKeysOf(ctx, alg, key, l, n); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
+	return withCopies(ctx, []int{1, 2}, benchKeysOf)
 }
 
-func benchKeysOf(ctx context.Context, alg, key string, l limit, n int) error {
-	s, err := newStores(ctx)
-	if err != nil {
-		return err
-	}
-	defer s.close(ctx)
-	var servers []*server
-	var first *server
-	for range n {
-		sv, err := s.newServer(key, first)
-		if err != nil {
-			return err
-		}
-		defer sv.stop()
-		servers = append(servers, sv)
-		first = servers[0]
-	}
+func benchKeysOf(ctx context.Context, s *stores, servers []*server, alg string, l limit) error {
+	n, first := len(servers), servers[0]
 	client, err := s.newClientKey(ctx, first.id)
 	if err != nil {
 		return err
@@ -664,16 +638,15 @@ func (s *stores) logSize(ctx context.Context) (size int64, err error) {
 	return size, err
 }
 
-// benchCopies lets several copies share the stores, and appends to the log with
-// nothing else to do: the chain's lock is the next limit.
-func benchCopies(ctx context.Context) error {
+// withCopies measures by each algorithm with so many copies, on stores of their own.
+func withCopies(ctx context.Context, numbers []int, measure func(context.Context, *stores, []*server, string, limit) error) error {
 	for _, alg := range []string{"RS256", "ES256"} {
 		key, l, err := newKey(alg)
 		if err != nil {
 			return err
 		}
-		for _, n := range []int{1, 2, 4} {
-			if err := benchCopiesOf(ctx, alg, key, l, n); err != nil {
+		for _, n := range numbers {
+			if err := measureCopies(ctx, n, alg, key, l, measure); err != nil {
 				return err
 			}
 		}
@@ -681,7 +654,7 @@ func benchCopies(ctx context.Context) error {
 	return nil
 }
 
-func benchCopiesOf(ctx context.Context, alg, key string, l limit, n int) error {
+func measureCopies(ctx context.Context, n int, alg, key string, l limit, measure func(context.Context, *stores, []*server, string, limit) error) error {
 	s, err := newStores(ctx)
 	if err != nil {
 		return err
@@ -698,11 +671,22 @@ func benchCopiesOf(ctx context.Context, alg, key string, l limit, n int) error {
 		servers = append(servers, sv)
 		first = servers[0]
 	}
+	return measure(ctx, s, servers, alg, l)
+}
+
+// benchCopies lets several copies share the stores, and appends to the log with
+// nothing else to do: the chain's lock is the next limit.
+func benchCopies(ctx context.Context) error {
+	return withCopies(ctx, []int{1, 2, 4}, benchCopiesOf)
+}
+
+func benchCopiesOf(ctx context.Context, s *stores, servers []*server, alg string, l limit) error {
+	n, first := len(servers), servers[0]
 	if _, err := s.under(ctx, fmt.Sprintf("Copies %d token %s", n, alg), servers, l, 64, first.tokenRequest()); err != nil {
 		return err
 	}
 	var batches, count int64
-	err = s.db.QueryRow(ctx, `
+	err := s.db.QueryRow(ctx, `
 		select count(*), coalesce(sum(n), 0)::bigint
 		from (select count(*) as n from audit_events group by xmin::text) as transactions`).Scan(&batches, &count)
 	report(fmt.Sprintf("Copies %d events of a batch %s", n, alg), int(batches), value{float64(count) / float64(max(1, batches)), "events/batch"})
