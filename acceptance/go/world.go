@@ -51,7 +51,8 @@ type identity struct {
 }
 
 // newWorld starts the service as 'make run' does: a key of its own, a free port
-// of loopback, an issuer that is its URL, and nothing else set.
+// of loopback, an issuer that is its URL, and nothing else set but a limit of
+// failures that all clients together, who have one address, don't reach.
 func newWorld(ctx context.Context, program string) (*world, error) {
 	w := &world{program: program}
 	var err error
@@ -72,7 +73,7 @@ func newWorld(ctx context.Context, program string) (*world, error) {
 		return w, err
 	}
 	w.base = "http://localhost:" + port
-	env := w.environment("PORT="+port, "ISSUER="+w.base, "JWT_PRIVATE_KEY_FILE="+w.keyFile)
+	env := w.environment("PORT="+port, "ISSUER="+w.base, "JWT_PRIVATE_KEY_FILE="+w.keyFile, "RATE_LIMIT_PER_MINUTE=1000")
 	bootstrap := exec.CommandContext(ctx, program, "bootstrap", "acceptance@example.com")
 	bootstrap.Env = env
 	bootstrap.Stderr = os.Stderr
@@ -87,8 +88,7 @@ func newWorld(ctx context.Context, program string) (*world, error) {
 	if err := w.serve(ctx, "service", port, env); err != nil {
 		return w, err
 	}
-	// Agents are registered by another one, so that the limit of the first is
-	// left to the walk in README.md.
+	// Agents are registered by another one, whose limit is no client's.
 	if w.bearer, err = w.token(ctx, w.admin, url.Values{}); err != nil {
 		return w, err
 	}

@@ -89,6 +89,6 @@ await signs(
 			revoke: (token) => client.tokenRevocation(config, token),
 		};
 	},
-	async (err) => (await err.response.json()).error_description,
+	async (err) => err.error_description ?? (await err.response.json()).error_description,
 );
 end();
