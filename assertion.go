@@ -2,10 +2,8 @@ package main
 
 import (
 	"context"
-	"crypto/sha256"
 	"fmt"
 	"slices"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -32,93 +30,99 @@ func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
 	if id := r.form.Get("client_id"); id != "" && id != a.sub {
 		return o, flaw("must have the client_id of the form as its sub")
 	}
+	if !isID(a.sub) {
+		return o, errBadAssertion
+	}
 	o.AgentID = a.sub // for the log
-	clients, err := loadKeys(r.Context(), s.db, a.sub, a.kid)
+	clients, err := s.signers.put(r.Context(), shown{clientID: a.sub, kid: a.kid, use: a.useID()}).wait()
 	if err != nil {
 		return o, err
 	}
-	i := slices.IndexFunc(clients, func(o client) bool { return o.key.verifies(a) })
+	var keys []jwk
+	for _, o := range clients {
+		keys = append(keys, o.key)
+	}
+	i, err := s.signedBy(r, a, keys)
+	if err != nil {
+		return o, err
+	}
 	if i < 0 {
 		return o, errBadAssertion
 	}
 	if o = clients[i]; o.refusal() != nil {
 		return o, o.refusal()
 	}
-	return o, s.useAssertion(r.Context(), a)
+	return using(o, a)
 }
 
-// useAssertion remembers it, and fails where it was used before, on any copy.
-func (s *server) useAssertion(ctx context.Context, a assertion) error {
-	first, err := s.used.put(ctx, use{useID(a.issuer, a.id), a.exp}).wait()
-	if err == nil && !first {
-		err = flaw("was used before; each needs a jti of its own")
+// signedBy returns which of these keys has signed it, or -1. An address has one
+// assertion verified at a time, so that wrong ones leave the other cores to others.
+func (s *server) signedBy(r *request, a assertion, keys []jwk) (int, error) {
+	lane := s.proofs.of(addressKey(r.addr))
+	if err := lane.enter(r.Context()); err != nil {
+		return -1, err
 	}
-	return err
+	defer lane.leave()
+	return slices.IndexFunc(keys, func(k jwk) bool { return k.verifies(a) }), nil
 }
 
-// loadKeys returns the client once for each key that may have signed: that
-// which kid names, by its own name or its thumbprint, or the newest where it is "".
-func loadKeys(ctx context.Context, db querier, clientID, kid string) (clients []client, err error) {
-	if !isID(clientID) {
-		return nil, nil
+// using is the client which has shown an assertion that is good once.
+func using(o client, a assertion) (client, error) {
+	if o.used {
+		return o, replayed
+	}
+	o.use = use{id: a.useID(), end: a.exp}
+	return o, nil
+}
+
+const replayed = flaw("was used before; each needs a jti of its own")
+
+// A shown is what is looked up of an assertion: of a client's own the key that kid
+// names, by its own name or its thumbprint, or the newest where it is ""; of a workload
+// its issuer and subject, and the client that was chosen or "". Use is its id where it
+// is good once, or "".
+type shown struct{ clientID, kid, issuer, subject, use string }
+
+// loadSigners returns of each the clients that may have signed it, once for each key.
+func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, error) {
+	var ids, kids, issuers, subjects, uses []string
+	for _, x := range list {
+		ids, kids, issuers = append(ids, x.clientID), append(kids, x.kid), append(issuers, x.issuer)
+		subjects, uses = append(subjects, x.subject), append(uses, x.use)
 	}
 	rows, _ := db.Query(ctx, `
-		select `+clientColumns+`, c.public_key
-		from credentials c
+		with shown as materialized (
+			select *, exists (select from token_revocations where jti = nullif(use, '')::uuid) as used
+			from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[]) with ordinality as shown (id, kid, issuer, subject, use, i))
+		select shown.i, shown.used, own.*
+		from shown
+		cross join lateral (
+			select `+clientColumns+`, c.public_key, '{}'::json
+			from credentials c
+			join agents a on a.agent_id = c.client_id
+			where c.client_id = nullif(shown.id, '')::uuid and c.kind = 'key' and (a.status = 'decommissioned' or
+					c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp()))
+				and (kid = '' or c.key_thumbprint = kid or c.public_key ->> 'kid' = kid)
+			order by c.credential_id desc
+			limit $6) as own
+		where issuer = ''
+		union all
+		select shown.i, shown.used, `+clientColumns+`, '{}'::json, coalesce(c.workload -> 'claims', '{}')
+		from shown
+		join credentials c on c.workload ->> 'subject' = shown.subject and c.workload ->> 'issuer' = shown.issuer
 		join agents a on a.agent_id = c.client_id
-		where c.client_id = $1 and c.kind = 'key' and (a.status = 'decommissioned' or
-				c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp()))
-			and ($2 = '' or c.key_thumbprint = $2 or c.public_key ->> 'kid' = $2)
-		order by c.credential_id desc
-		limit $3`, clientID, kid, maxKeysTried)
+		where issuer <> '' and shown.id in ('', c.client_id::text)
+			and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())`,
+		ids, kids, issuers, subjects, uses, maxKeysTried)
 	var o client
-	_, err = pgx.ForEachRow(rows, append(o.columns(), &o.key), func() error {
-		clients = append(clients, o)
+	var i int
+	clients := make([][]client, len(list))
+	_, err := pgx.ForEachRow(rows, slices.Concat([]any{&i, &o.used}, o.columns(), []any{&o.key, &o.claims}), func() error {
+		clients[i-1] = append(clients[i-1], o)
 		return nil
 	})
 	if err != nil {
-		return nil, fmt.Errorf("loading keys: %w", err)
+		return nil, fmt.Errorf("loading who may have signed: %w", err)
 	}
 	return clients, nil
-}
-
-// A use is that of an assertion, remembered until it is of no use.
-type use struct {
-	id  string
-	end time.Time
-}
-
-// useID makes an id of what tells assertions apart: a UUID of version 8 (RFC 9562,
-// section 5.8), which no jti of ours is.
-func useID(issuer, jti string) string {
-	sum := sha256.Sum256(fmt.Appendf(nil, "%d:%s%s", len(issuer), issuer, jti))
-	return uuid([16]byte(sum[:16]), 8)
-}
-
-// useOnce tells of each whether it is the first of its id, on any copy; it is from
-// then on no more. They lie with the ids of revoked tokens: both are good no more
-// until they would have expired anyway.
-func useOnce(ctx context.Context, db querier, uses []use) ([]bool, error) {
-	ids, ends, at := make([]string, len(uses)), make([]time.Time, len(uses)), map[string]int{}
-	for i, u := range slices.Backward(uses) { // of two that come together the first
-		at[u.id] = i
-	}
-	for i, u := range uses {
-		ids[i], ends[i] = u.id, u.end.Add(time.Minute)
-	}
-	rows, _ := db.Query(ctx, `
-		insert into token_revocations (jti, expires_at)
-		select * from unnest($1::uuid[], $2::timestamptz[])
-		order by 1 -- or two copies would wait for each other
-		on conflict (jti) do nothing
-		returning jti::text`, ids, ends)
-	stored, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err != nil {
-		return nil, fmt.Errorf("remembering assertions: %w", err)
-	}
-	first := make([]bool, len(uses))
-	for _, id := range stored {
-		first[at[id]] = true
-	}
-	return first, nil
 }

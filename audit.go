@@ -64,12 +64,15 @@ func (s *server) changeAll(r *request, whom func(context.Context, pgx.Tx) ([]str
 			return err
 		}
 		events, err := do(ctx, tx, concerned)
-		var entries []entry
+		entries := []entry{{use: r.caller.use}}
 		for _, e := range events {
 			entries = append(entries, entry{event: e.by(r)})
 		}
-		if err == nil && entries != nil {
+		if err == nil && (events != nil || r.caller.use.id != "") {
 			head, err = appendEvents(ctx, tx, entries, false)
+		}
+		if err == nil && entries[0].replayed() {
+			err = r.caller.use.again
 		}
 		return err
 	})
@@ -83,10 +86,19 @@ func (s *server) changeAll(r *request, whom func(context.Context, pgx.Tx) ([]str
 // stored. What it is about must not be done before that, or be undone where
 // that fails. Takes are who must be alive then: the caller, or the event is left
 // out and that is the error; and the token asked about, of which it is the answer.
+// With that the assertion that the caller showed is used up.
 func (s *server) record(r *request, e event, takes ...origin) func() (lives []life, err error) {
-	stored := s.recorder.put(r.Context(), entry{event: e.by(r), takes: takes})
+	x := entry{event: e.by(r), takes: takes}
+	if len(takes) > 0 {
+		x.use = r.caller.use
+	}
+	stored := s.recorder.put(r.Context(), x)
 	return func() (lives []life, err error) {
-		if lives, err = stored.wait(); err == nil && len(lives) > 0 && !lives[0].alive {
+		switch lives, err = stored.wait(); {
+		case err != nil || len(lives) == 0:
+		case lives[0].replayed:
+			err = r.caller.use.again
+		case !lives[0].alive:
 			err = r.caller.ended()
 		}
 		return lives, err

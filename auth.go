@@ -212,21 +212,26 @@ func (s *server) authenticateByAssertion(r *request) error {
 		return errForm.because("There must be both client_assertion and client_assertion_type=" + assertionType + ".")
 	}
 	var o client
+	issuers := *s.issuers.Load()
 	a, err := readAssertion(text)
-	if trusted := (*s.issuers.Load())[a.issuer]; err == nil && trusted != nil {
+	switch trusted := issuers[a.issuer]; {
+	case err != nil:
+	case trusted != nil:
 		o, err = s.checkWorkload(r, trusted, a, asGrant)
-	} else if err == nil && (asGrant || len(*s.issuers.Load()) > 0 && !isID(a.issuer)) {
+	case asGrant || kind == spiffeAssertion || len(issuers) > 0 && !isID(a.issuer):
 		err = flaw("must be of an issuer that is trusted here")
-	} else if err == nil {
+	default:
 		o, err = s.checkAssertion(r, a)
 	}
+	saying := func(f flaw) *problem { return bad.because("The " + name + " " + string(f) + ".") }
 	if fault, ok := errors.AsType[flaw](err); ok {
-		err = bad.because("The " + name + " " + string(fault) + ".")
+		err = saying(fault)
 	}
 	why, refused := errors.AsType[*problem](err)
 	switch {
 	case err == nil:
 		r.caller = o.caller
+		r.caller.use.again = saying(replayed) // by one that comes at the same time
 		return nil
 	case !refused || why.status == http.StatusServiceUnavailable || why.oauth == errForm.oauth: // a fault, or a right one that lacks something
 		return err
@@ -234,7 +239,11 @@ func (s *server) authenticateByAssertion(r *request) error {
 	if _, err := s.admitFailure(r.Context(), addressKey(r.addr), r.out); err != nil {
 		return err
 	}
-	return s.refused(r, newEvent(authFailed, o.AgentID, facts{"reason": why.oauth}), why)
+	f := facts{"reason": why.oauth}
+	if o.proved != nil {
+		f["workload"] = o.proved
+	}
+	return s.refused(r, newEvent(authFailed, o.AgentID, f), why)
 }
 
 // clientSecret finds the one client_id and secret in a request.

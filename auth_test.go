@@ -1,10 +1,12 @@
 package main
 
 import (
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"strings"
 	"sync"
@@ -105,5 +107,34 @@ func TestLateRequestsAreNoOutageOfRedis(t *testing.T) {
 				t.Fatalf("meanwhile a token = %d with %v, want it within its limit", a.Code, a.Header())
 			}
 		}
+	}
+}
+
+// Assertions of one address are verified one after another, and keep nobody else from it.
+func TestAssertionsOfAnAddressAreVerifiedInTurn(t *testing.T) {
+	t.Parallel()
+	s := &server{proofs: newLanes()}
+	from := func(address string, ctx context.Context) *request {
+		return &request{Request: (&http.Request{}).WithContext(ctx), addr: netip.MustParseAddr(address)}
+	}
+	lane := s.proofs.of("ip:192.0.2.1")
+	if err := lane.enter(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := s.signedBy(from("192.0.2.1", ended), assertion{}, nil); err == nil {
+		t.Error("two of one address are verified at the same time")
+	}
+	other := 1 // but one may share the lane
+	for s.proofs.of(fmt.Sprintf("ip:198.51.100.%d", other)) == lane {
+		other++
+	}
+	if _, err := s.signedBy(from(fmt.Sprintf("198.51.100.%d", other), t.Context()), assertion{}, nil); err != nil {
+		t.Error("one of another address is not:", err)
+	}
+	lane.leave()
+	if i, err := s.signedBy(from("192.0.2.1", t.Context()), assertion{}, nil); i != -1 || err != nil {
+		t.Errorf("signedBy = %d, %v when it is its turn", i, err)
 	}
 }

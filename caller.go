@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -27,8 +28,18 @@ type caller struct {
 	origin
 	scopes    []string       // of the token, or all of the agent's where it showed a credential
 	expiresAt *moment        // of the credential shown
-	proved    map[string]any // what the event of a token says of how
+	use       use            // of the assertion that it showed, if that is good once
+	proved    map[string]any // what an event says of that
+	kind      string         // of the credential of a token
 	allowance                // of a token the rate limit alone
+}
+
+// A use is that of an assertion, which is remembered until it is of no use. It is
+// one with what it is for: both are stored, or neither.
+type use struct {
+	id    string
+	end   time.Time
+	again error // what a second one of this id is told
 }
 
 // An allowance is what an agent can't change of itself.
@@ -67,8 +78,10 @@ func (c caller) mayGrant(capabilities []string) error {
 // A client is an agent with the credential that it has shown.
 type client struct {
 	caller
-	hash        string // of its secret
-	key         jwk    // in place of that
+	hash        string            // of its secret
+	key         jwk               // in place of that
+	claims      map[string]string // that the assertion of a workload must have, in place of both
+	used        bool              // that assertion was before
 	agentStatus string
 	ended       bool // revoked or expired, as all are of a decommissioned agent
 }
@@ -117,20 +130,22 @@ func (c caller) enter(ctx context.Context, tx pgx.Tx, concerned []string) error 
 }
 
 // checkAlive refuses who isn't, together with all who ask at the same time, and
-// learns the caller's rate limit.
+// learns of the caller's credential and rate limit.
 func (s *server) checkAlive(ctx context.Context, c *caller) error {
 	life, err := s.lives.put(ctx, c.origin).wait()
 	if err == nil && !life.alive {
 		err = c.ended()
 	}
-	c.RateLimit = life.rateLimit
+	c.kind, c.RateLimit = life.kind, life.rateLimit
 	return err
 }
 
-// A life is whether an origin is alive, and its agent's own rate limit.
+// A life is whether an origin is alive, of what kind its credential is, and its agent's
+// own rate limit; or that the assertion shown was used before.
 type life struct {
-	alive     bool
-	rateLimit *int
+	alive, replayed bool
+	kind            string
+	rateLimit       *int
 }
 
 // ended is what who was cut off is told.
@@ -168,13 +183,13 @@ func askAlive(b *pgx.Batch, of []origin) []life {
 }
 
 const aliveQuery = `
-	select c.client_id::text, c.credential_id::text, c.secret_id::text, '', a.rate_limit
+	select c.client_id::text, c.credential_id::text, c.secret_id::text, '', c.kind, a.rate_limit
 	from credentials c
 	join agents a on a.agent_id = c.client_id
 	where c.credential_id = any($1) and c.status = 'active' and a.status = 'active'
 		and (c.expires_at is null or c.expires_at > clock_timestamp())
 	union all
-	select '', '', '', jti::text, null
+	select '', '', '', jti::text, '', null
 	from token_revocations
 	where jti = any($2)`
 
@@ -190,10 +205,10 @@ func idsOf(of []origin) (credentials, tokens []string) {
 
 func tellLives(rows pgx.Rows, of []origin) ([]life, error) {
 	var o origin
-	var rateLimit *int
+	found := life{alive: true}
 	there, lives := map[origin]life{}, make([]life, len(of))
-	_, err := pgx.ForEachRow(rows, []any{&o.AgentID, &o.CredentialID, &o.SecretID, &o.TokenID, &rateLimit}, func() error {
-		there[o] = life{true, rateLimit}
+	_, err := pgx.ForEachRow(rows, []any{&o.AgentID, &o.CredentialID, &o.SecretID, &o.TokenID, &found.kind, &found.rateLimit}, func() error {
+		there[o] = found
 		return nil
 	})
 	for i, o := range of {
@@ -202,4 +217,29 @@ func tellLives(rows pgx.Rows, of []origin) ([]life, error) {
 		}
 	}
 	return lives, err
+}
+
+// askFirst puts uses into a batch, which tells of which ids these are the first, on any copy.
+// They lie with the ids of revoked tokens: both are good no more until they would have
+// expired anyway.
+func askFirst(b *pgx.Batch, uses []use) (first map[string]bool) {
+	ids, ends := make([]string, len(uses)), make([]time.Time, len(uses))
+	for i, u := range uses {
+		ids[i], ends[i] = u.id, u.end.Add(time.Minute)
+	}
+	first = map[string]bool{}
+	if len(uses) > 0 {
+		b.Queue(`
+			insert into token_revocations (jti, expires_at)
+			select * from unnest($1::uuid[], $2::timestamptz[])
+			on conflict (jti) do nothing
+			returning jti::text`, ids, ends).Query(func(rows pgx.Rows) error {
+			stored, err := pgx.CollectRows(rows, pgx.RowTo[string])
+			for _, id := range stored {
+				first[id] = true
+			}
+			return err
+		})
+	}
+	return first
 }

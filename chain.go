@@ -127,12 +127,41 @@ func (e *event) sum() digest {
 	return sum[:]
 }
 
-// An entry is an event and whom it takes to be alive when it is stored: who asks,
-// or it is left out, and for an introspection the token that is asked about.
+// An entry is an event, which without an action is none, and whom it takes to be alive
+// when it is stored: who asks, or it is left out, and for an introspection the token that
+// is asked about. It is left out too where the assertion by which it was asked was used
+// before.
 type entry struct {
 	event
 	takes []origin
-	lives []life // of these, which appendEvents finds out
+	use   use
+	lives []life // of what it takes, which appendEvents finds out
+}
+
+func (x entry) leftOut() bool  { return x.Action == "" || len(x.lives) > 0 && !x.lives[0].alive }
+func (x entry) replayed() bool { return len(x.lives) > 0 && x.lives[0].replayed }
+
+// ask puts into a batch what has to be known of entries, and returns what tells it them.
+func ask(b *pgx.Batch, entries []entry) (tell func()) {
+	var takes []origin
+	var uses []use
+	for _, x := range entries {
+		takes = append(takes, x.takes...)
+		if x.use.id != "" {
+			uses = append(uses, x.use)
+		}
+	}
+	lives, first := askAlive(b, takes), askFirst(b, uses)
+	return func() {
+		for i := range entries {
+			x, n := &entries[i], len(entries[i].takes)
+			x.lives, lives = lives[:n:n], lives[n:]
+			if x.use.id != "" && !first[x.use.id] {
+				x.lives = []life{{replayed: true}}
+			}
+			delete(first, x.use.id) // of two that come together only one is
+		}
+	}
 }
 
 // appendEvents links events to the end of the chain. It holds the lock of the
@@ -153,22 +182,18 @@ func appendEvents(ctx context.Context, tx querier, entries []entry, whole bool) 
 		select coalesce(max(seq), 0), date_trunc('milliseconds', clock_timestamp()), coalesce((array_agg(hash))[1], $1)
 		from (select seq, hash from audit_events order by seq desc limit 1) as head`, last.PrevHash).
 		QueryRow(func(row pgx.Row) error { return row.Scan(&last.Seq, &now, &last.Hash) })
-	var takes []origin
-	for _, x := range entries {
-		takes = append(takes, x.takes...)
-	}
-	lives := askAlive(head, takes)
+	tell := ask(head, entries)
 	if err := tx.SendBatch(ctx, head).Close(); err != nil {
 		return 0, fmt.Errorf("loading the head of the chain: %w", err)
 	}
+	tell()
 	var rows eventRows
-	for i := range entries {
-		e, n := entries[i].event, len(entries[i].takes)
-		entries[i].lives, lives = lives[:n:n], lives[n:]
-		if n > 0 && !entries[i].lives[0].alive {
+	for _, x := range entries {
+		if x.leftOut() {
 			continue
 		}
-		if n > 1 && !entries[i].lives[1].alive {
+		e := x.event
+		if len(x.lives) > 1 && !x.lives[1].alive {
 			e.facts["active"] = false
 			e.Metadata = e.facts.encode()
 		}

@@ -151,6 +151,9 @@ func (v variable) read(getenv func(string) (string, bool), orFile bool) (value s
 			return "", errors.New("has a file that can't be read") // its name may be the secret, by mistake
 		}
 		value = strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
+		if value == "" && v.name != "JWT_PUBLIC_KEY" { // of which there may be none; else one that is half written
+			return "", errors.New("has an empty file")
+		}
 	}
 	switch {
 	case value != "" || set && v.name == "METRICS_ADDR":

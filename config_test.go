@@ -122,7 +122,7 @@ func TestSecretsCanBeFiles(t *testing.T) {
 	if err := os.WriteFile(empty, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range []string{"DATABASE_URL", "REDIS_URL", "JWT_PRIVATE_KEY"} {
+	for _, name := range []string{"DATABASE_URL", "REDIS_URL", "JWT_PRIVATE_KEY", "WORKLOAD_ISSUERS"} {
 		for fault, set := range map[string]map[string]string{
 			"both":    {name + "_FILE": empty},
 			"missing": {name: "", name + "_FILE": empty + "-not-there"},
@@ -136,6 +136,11 @@ func TestSecretsCanBeFiles(t *testing.T) {
 				t.Errorf("loadConfig with %s and its file %s = %v, want an error that names it", name, fault, err)
 			}
 		}
+	}
+	env := goodEnvironment() // of these there may be none
+	env["JWT_PUBLIC_KEY_FILE"] = empty
+	if _, err := loadConfig(lookup(env)); err != nil {
+		t.Errorf("loadConfig without further keys = %v", err)
 	}
 }
 

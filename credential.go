@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash/maphash"
 	"io"
 	"log/slog"
 	"net/http"
@@ -104,6 +103,9 @@ func (s *server) giveProof(r *request, credentialID, did string) (any, error) {
 		}
 	}
 	agentID, plain := r.PathValue("agentId"), newSecret()
+	if r.caller.kind == "workload" && r.caller.AgentID == agentID {
+		return nil, errForbidden.because("A workload gives itself no credential, which would be left when its issuer is cut off.")
+	}
 	if _, err := mayManage(r.Context(), s.db, r.caller, agentID, "active"); err != nil { // who may not gets no turn at hashing
 		return nil, err
 	}
@@ -337,18 +339,14 @@ const maxWaiting = maxInFlight / 2
 // hashed doesn't wait for what is compared.
 type vault struct {
 	making, comparing slots
-	waiting           slots          // for a place; who comes beyond is refused at once
-	lanes             [1 << 10]slots // of one place each; addresses may share one, nobody knows which
-	seed              maphash.Seed
+	waiting           slots // for a place; who comes beyond is refused at once
+	lanes             *lanes
 	key               [32]byte // makes the memo's keys worthless elsewhere
 	right             memo[struct{}]
 }
 
 func newVault() *vault {
-	v := &vault{making: make(slots, 1), comparing: make(slots, max(1, runtime.GOMAXPROCS(0)/2)), waiting: make(slots, maxWaiting), seed: maphash.MakeSeed()}
-	for i := range v.lanes {
-		v.lanes[i] = make(slots, 1)
-	}
+	v := &vault{making: make(slots, 1), comparing: make(slots, max(1, runtime.GOMAXPROCS(0)/2)), waiting: make(slots, maxWaiting), lanes: newLanes()}
 	rand.Read(v.key[:])
 	return v
 }
@@ -370,7 +368,7 @@ func (v *vault) compare(ctx context.Context, address, hash string, s secret) (ri
 	default:
 		return false, errBusy
 	}
-	lane := v.lanes[maphash.String(v.seed, address)%uint64(len(v.lanes))]
+	lane := v.lanes.of(address)
 	if err := lane.enter(ctx); err != nil {
 		return false, err
 	}
@@ -386,20 +384,6 @@ func (v *vault) compare(ctx context.Context, address, hash string, s secret) (ri
 	}
 	return right, nil
 }
-
-// slots are places for as many at once. Who waits for one is served in turn.
-type slots chan struct{}
-
-func (p slots) enter(ctx context.Context) error {
-	select {
-	case p <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return fmt.Errorf("waiting to hash a secret: %w", ctx.Err())
-	}
-}
-
-func (p slots) leave() { <-p }
 
 // known tells whether compare has found before that hash is that of s.
 func (v *vault) known(hash string, s secret) bool {

@@ -206,6 +206,8 @@ func TestKeyThatAnybodySignsForIsRefused(t *testing.T) {
 		"ec" + strings.Repeat("ff", 30) + "7f", "ec" + strings.Repeat("ff", 30) + "ff",
 		"26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05", "26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc85",
 		"c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a", "c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac03fa",
+		// The same, not in their shortest form.
+		"ed" + strings.Repeat("ff", 30) + "7f", "ed" + strings.Repeat("ff", 30) + "ff", "ee" + strings.Repeat("ff", 30) + "7f", "ee" + strings.Repeat("ff", 30) + "ff",
 	} {
 		x, err := hex.DecodeString(point)
 		if err != nil || len(x) != 32 {

@@ -231,9 +231,10 @@ type server struct {
 	inner    *pgxpool.Pool                             // for the recorder, the keeper and lookups, which requests must not hold up
 	redis    *cache
 	vault    *vault
+	proofs   *lanes // for assertions that are verified
 	recorder *queue[entry, []life]
 	lookups  *queue[secretKey, client]
-	used     *queue[use, bool]
+	signers  *queue[shown, []client]
 	lives    *queue[origin, life]
 	meter    *meter
 	postgres pulse // beats with each commit of the recorder, and of the keeper where there is none
@@ -290,15 +291,15 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault()}
+	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), proofs: newLanes()}
 	s.recorder = newQueue(s.storeEvents)
 	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]client, error) {
 		return loadSecretOwners(ctx, inner, shown)
 	})
-	s.used = newQueue(func(ctx context.Context, uses []use) ([]bool, error) { return useOnce(ctx, inner, uses) })
+	s.signers = newQueue(func(ctx context.Context, list []shown) ([][]client, error) { return loadSigners(ctx, inner, list) })
 	s.lives = newQueue(func(ctx context.Context, of []origin) ([]life, error) { return areAlive(ctx, inner, of) })
 	s.keys.Store(cfg.keys)
-	s.issuers.Store(&cfg.workloads.issuers)
+	s.issuers.Store(&map[string]*trustedIssuer{}) // until somebody is served
 	begun := time.Now()
 	s.clock.Store(&reading{begun.Round(0), begun})
 	for err = s.applySchema(ctx, owner); err != nil && ctx.Err() == nil && time.Since(begun) < time.Minute; err = s.applySchema(ctx, owner) {
@@ -325,7 +326,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 func (s *server) close() {
 	s.recorder.close()
 	s.lookups.close()
-	s.used.close()
+	s.signers.close()
 	s.lives.close()
 	s.redis.close()
 	s.inner.Close()
@@ -364,7 +365,7 @@ func (s *server) watchKeys(ctx context.Context, hangup <-chan os.Signal, getenv 
 		s.keys.Store(cfg.keys)
 		if cfg.workloads.text != issuers { // else what is known of their keys stays
 			issuers = cfg.workloads.text
-			s.issuers.Store(&cfg.workloads.issuers)
+			s.trust(cfg.workloads)
 		}
 		slog.Info("keys read", "kids", cfg.keys.each("kid"), "workloadIssuers", len(cfg.workloads.issuers))
 	}
@@ -394,6 +395,7 @@ func (s *server) serve(ctx context.Context, hangup <-chan os.Signal, getenv func
 	}
 	s.postgres.beat(nil) // until the keeper knows better
 	s.redis.beat(nil)
+	s.trust(s.cfg.workloads)
 	stopKeeper := s.startKeeper()
 	defer stopKeeper()
 	web := s.web()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/maphash"
 	"math"
 	"net/http"
 	"net/netip"
@@ -216,6 +217,38 @@ func readHop(text string) (netip.Addr, error) {
 	}
 	addr, err := netip.ParseAddr(strings.TrimSuffix(strings.TrimPrefix(text, "["), "]"))
 	return addr.Unmap().WithZone(""), err
+}
+
+// slots are places for as many at once. Who waits for one is served in turn.
+type slots chan struct{}
+
+func (p slots) enter(ctx context.Context) error {
+	select {
+	case p <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("waiting to hash a secret, or to verify an assertion: %w", ctx.Err())
+	}
+}
+
+func (p slots) leave() { <-p }
+
+// Lanes have one place for each address. Some share one, nobody knows which.
+type lanes struct {
+	seed maphash.Seed
+	all  [1 << 10]slots
+}
+
+func newLanes() *lanes {
+	l := &lanes{seed: maphash.MakeSeed()}
+	for i := range l.all {
+		l.all[i] = make(slots, 1)
+	}
+	return l
+}
+
+func (l *lanes) of(address string) slots {
+	return l.all[maphash.String(l.seed, address)%uint64(len(l.all))]
 }
 
 // redisTimeout is the longest that a call waits for Redis, once for each of

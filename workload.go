@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -133,6 +134,21 @@ func (set keySet) usable() (keys []jwk) {
 	return keys
 }
 
+// trust takes the place of the issuers that were trusted. What is known of the keys of
+// one that hasn't changed stays; those of others are asked for, before anybody waits.
+func (s *server) trust(cfg workloadConfig) {
+	before := *s.issuers.Load()
+	for name, i := range cfg.issuers {
+		old := before[name]
+		if i.JWKSURI != "" && old != nil && old.JWKSURI == i.JWKSURI && old.SingleUse == i.SingleUse && old.AllowPrivate == i.AllowPrivate {
+			cfg.issuers[name] = old
+		} else if i.JWKSURI != "" {
+			i.ask()
+		}
+	}
+	s.issuers.Store(&cfg.issuers)
+}
+
 // newFetcher makes a client that follows no redirect, asks no proxy, and, where it
 // may not, connects to no address of a private network: that is looked at behind
 // the look-up of the name, which the issuer's owner decides.
@@ -178,9 +194,7 @@ func (i *trustedIssuer) find(ctx context.Context, kid string) ([]jwk, error) {
 		return found, nil
 	}
 	if (found == nil || now.Sub(i.answered) > keysFresh) && i.fetching == nil && now.Sub(i.tried) >= keysAgain {
-		done := make(chan struct{})
-		i.tried, i.fetching = now, done
-		go i.fetch()
+		done := i.ask()
 		if found == nil || now.Sub(i.answered) > keysLast {
 			i.mu.Unlock()
 			select {
@@ -195,6 +209,13 @@ func (i *trustedIssuer) find(ctx context.Context, kid string) ([]jwk, error) {
 		return nil, errUnavailable.because("The keys of the assertion's issuer can't be had now; try again.")
 	}
 	return found, nil
+}
+
+// ask begins to fetch the keys, and returns what is closed at the end of that.
+func (i *trustedIssuer) ask() chan struct{} {
+	i.tried, i.fetching = time.Now(), make(chan struct{})
+	go i.fetch()
+	return i.fetching
 }
 
 func (i *trustedIssuer) named(kid string) (keys []jwk) {
@@ -256,52 +277,49 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 	if err != nil {
 		return o, err
 	}
-	if !slices.ContainsFunc(keys, func(k jwk) bool { return k.verifies(a) }) {
-		return o, flaw("is not signed by a key of its issuer")
+	if len(keys) > maxKeysTried {
+		return o, flaw(fmt.Sprintf("must say by its kid which of the more than %d keys of its issuer has signed it", maxKeysTried))
 	}
-	if o, err = s.loadWorkload(r, a); err != nil {
-		return o, err
+	if i, err := s.signedBy(r, a, keys); err != nil || i < 0 {
+		return o, cmp.Or(err, error(flaw("is not signed by a key of its issuer")))
 	}
-	if o.refusal() != nil {
-		return o, o.refusal()
+	if o, err = s.findWorkload(r, a, trusted.SingleUse); err == nil && o.refusal() != nil {
+		err = o.refusal()
+	} else if err == nil && trusted.SingleUse {
+		o, err = using(o, a)
 	}
 	o.proved = facts{"issuer": a.issuer, "subject": a.sub, "jti": a.id} // of the assertion
-	if trusted.SingleUse {
-		err = s.useAssertion(r.Context(), a)
-	}
 	return o, err
 }
 
-// loadWorkload finds the one agent with a credential that names this workload; the
+// findWorkload finds the one agent with a credential that names this workload; the
 // client_id chooses where there are several.
-func (s *server) loadWorkload(r *request, a assertion) (found client, err error) {
-	id := r.form.Get("client_id")
-	if id != "" && !isID(id) {
+func (s *server) findWorkload(r *request, a assertion, once bool) (found client, err error) {
+	x, several := shown{clientID: r.form.Get("client_id"), issuer: a.issuer, subject: a.sub}, false
+	if x.clientID != "" && !isID(x.clientID) {
 		return found, flaw("is of a workload that no active credential names")
 	}
-	rows, _ := s.db.Query(r.Context(), `
-		select `+clientColumns+`, coalesce(c.workload -> 'claims', '{}')
-		from credentials c
-		join agents a on a.agent_id = c.client_id
-		where c.workload ->> 'subject' = $1 and c.workload ->> 'issuer' = $2 and ($3 = '' or c.client_id::text = $3)
-			and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())
-		order by a.status = 'active', c.credential_id`, a.sub, a.issuer, id)
-	var o client
-	var claims map[string]string
-	several := false
-	_, err = pgx.ForEachRow(rows, append(o.columns(), &claims), func() error {
-		for name, want := range claims {
+	if once {
+		x.use = a.useID()
+	}
+	clients, err := s.signers.put(r.Context(), x).wait()
+	for _, o := range clients {
+		for name, want := range o.claims {
 			if a.claims[name] != want {
-				return nil
+				o.AgentID = ""
 			}
 		}
-		several = found.agentStatus == "active" && found.AgentID != o.AgentID || several
-		found = o
-		return nil
-	})
+		switch isActive, hasActive := o.agentStatus == "active", found.agentStatus == "active"; {
+		case o.AgentID == "":
+		case isActive && hasActive && found.AgentID != o.AgentID:
+			several = true
+		case !hasActive || isActive && o.CredentialID > found.CredentialID: // one that lets in, and of these the newest
+			found = o
+		}
+	}
 	switch {
 	case err != nil:
-		return client{}, fmt.Errorf("loading a workload: %w", err)
+		return client{}, err
 	case found.AgentID == "":
 		return client{}, flaw("is of a workload that no active credential names")
 	case several:
@@ -360,6 +378,29 @@ func (s *server) revokeWorkloads(r *request) (any, error) {
 		if err == nil && managed {
 			err = wantManager(ctx, tx)
 		}
+		if err == nil {
+			err = wantNone(ctx, tx, *issuer)
+		}
 		return events, err
 	})
+}
+
+// wantNone holds the lock of the chain, so that no credential of an issuer is left whose
+// event comes before that of the cut.
+func wantNone(ctx context.Context, tx pgx.Tx, issuer string) error {
+	if err := execSQL(ctx, tx, "locking the chain", `select pg_advisory_xact_lock($1)`, chainLock); err != nil {
+		return err
+	}
+	left := false
+	err := tx.QueryRow(ctx, `
+		select exists (
+			select from credentials
+			where workload ->> 'issuer' = $1 and status = 'active')`, issuer).Scan(&left)
+	if err != nil {
+		return fmt.Errorf("looking for workloads: %w", err)
+	}
+	if left {
+		return errUnavailable.because("A workload of this issuer was given a credential meanwhile; try again.")
+	}
+	return nil
 }

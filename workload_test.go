@@ -171,6 +171,50 @@ func TestKeysOfAnIssuerAreRotated(t *testing.T) {
 	})
 }
 
+// When the list of issuers changes, of one that is as it was the keys that are known stay;
+// of others they are asked for before anybody waits for them.
+func TestIssuersThatDoNotChangeKeepTheirKeys(t *testing.T) {
+	t.Parallel()
+	s := &server{}
+	s.issuers.Store(&map[string]*trustedIssuer{})
+	trust := func(text string) map[string]*trustedIssuer {
+		t.Helper()
+		cfg, err := parseWorkloads(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, i := range cfg.issuers {
+			i.client = &http.Client{Transport: &keyServer{text: setOf(publicKeyText(t, "a"))}}
+		}
+		s.trust(cfg)
+		return *s.issuers.Load()
+	}
+	before := trust(`{"https://a.example": {"jwksUri": "https://a.example/keys"}, "https://b.example": {"jwksUri": "https://b.example/keys"},
+		"https://c.example": {"jwksUri": "https://c.example/keys"}, "https://d.example": {"jwksUri": "https://d.example/keys"},
+		"https://e.example": {"jwks": ` + setOf(publicKeyText(t, "e")) + `}, "https://f.example": {"jwksUri": "https://f.example/keys"}}`)
+	later := trust(`{"https://a.example": {"jwksUri": "https://a.example/keys"}, "https://b.example": {"jwksUri": "https://b.example/others"},
+		"https://c.example": {"jwksUri": "https://c.example/keys", "singleUse": true}, "https://d.example": {"jwksUri": "https://d.example/keys", "allowPrivate": true},
+		"https://e.example": {"jwks": ` + setOf(publicKeyText(t, "f")) + `}, "https://g.example": {"jwksUri": "https://a.example/keys"}}`)
+	if later["https://a.example"] != before["https://a.example"] {
+		t.Error("an issuer that did not change has lost its keys")
+	}
+	for _, name := range []string{"https://b.example", "https://c.example", "https://d.example", "https://e.example", "https://g.example"} {
+		if later[name] == nil || later[name] == before[name] {
+			t.Errorf("%s is as it was", name)
+		}
+	}
+	if later["https://f.example"] != nil || len(later["https://e.example"].named("f")) != 1 || !later["https://c.example"].SingleUse {
+		t.Errorf("the issuers are %v", later)
+	}
+	for name, i := range later {
+		i.mu.Lock()
+		if asked := !i.tried.IsZero(); asked != (i.JWKSURI != "") {
+			t.Errorf("the keys of %s were asked for: %v", name, asked)
+		}
+		i.mu.Unlock()
+	}
+}
+
 // Kids that nobody knows are asked for once in a while, by one request, and no other
 // waits for that.
 func TestFloodsOfKidsAreAskedForSeldom(t *testing.T) {

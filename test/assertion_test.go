@@ -29,6 +29,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -442,6 +443,7 @@ func saidWrong(v *service, h holder, id string) (bad []badAssertion) {
 	claim("must have an exp within 5m", "exp", now+1000, now+3600, now+365*86400, 1<<53, json.RawMessage("1e308"), json.RawMessage(strings.Repeat("9", 300)), (now+60)*1000)
 	missing("exp", "must have an exp that is to come")
 	form := "must be a signed JWT"
+	claim("must not be bound to a key by cnf", "cnf", members{"jkt": thumbprint(h.jwk)}, members{}, "", 1, []string{"x"})
 	for _, name := range []string{"exp", "iat", "nbf"} {
 		bad = append(bad, badAssertion{name + " 1e400", h.sign(h.header(), v.assertionClaims(id).with(members{name: json.RawMessage("1e400")})), form})
 	}
@@ -516,7 +518,7 @@ func TestBadAssertionsAreRefused(t *testing.T) {
 			}
 			// None of them has taken anything from the client.
 			v.want(v.byAssertion("", v.assertion(h, id)), 200, "")
-			if n := v.count(`select count(*) from audit_events where action = 'token.issued' and agent_id = $1`, id); n > 2 {
+			if n := v.count(`select count(*) from audit_events where action = 'token.issued' and outcome = 'success' and agent_id = $1`, id); n > 2 {
 				t.Errorf("%d tokens were issued", n)
 			}
 		})
@@ -559,7 +561,7 @@ func TestGoodAssertionsAreTaken(t *testing.T) {
 		{"b64 that isn't critical", members{"b64": true}, nil},
 		{"a jti of 512", nil, members{"jti": strings.Repeat("x", 512)}},
 		{"a jti of anything", nil, members{"jti": "\x00\u202e'\"\\ é" + same}},
-		{"claims that nobody knows", nil, members{"scope": "agents:write", "client_id": v.id, "act": members{"sub": v.id}, "cnf": members{}}},
+		{"claims that nobody knows", nil, members{"scope": "agents:write", "client_id": v.id, "act": members{"sub": v.id}}},
 	} {
 		a := v.byAssertion("", h.sign(h.header().with(row.header), v.assertionClaims(id).with(row.claims)))
 		if a.status != 200 || readClaims(t, a.text("access_token")).Subject != id || a.text("scope") != "a:b" {
@@ -594,6 +596,45 @@ func TestGoodAssertionsAreTaken(t *testing.T) {
 		v.want(v.byAssertion("", h.sign(h.header(), v.assertionClaims(id).with(members{"jti": same}))), 200, "")
 		v.want(v.byAssertion("", h.sign(h.header(), v.assertionClaims(id).with(members{"jti": same}))), 401, "invalid_client")
 	}
+}
+
+// Logins by key and by workload hold no connection that requests have, so that changes
+// which wait don't hold them up.
+func TestAssertionsWaitForNoRequest(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h}, nil))
+	id, _, key := v.newKeyClient("ES256", "a:b")
+	v.want(v.bind(id, cluster, screener, nil), 201, "")
+	held := v.newAgent("a:b")
+	tx, err := v.db.Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), `select from agents where agent_id = $1 for update`, held)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(t.Context())
+	var changes sync.WaitGroup
+	var done atomic.Bool
+	defer done.Store(true)
+	for range 40 { // more than there are connections
+		changes.Go(func() {
+			for !done.Load() {
+				v.api(v.bearer, "PATCH", "/agents/"+held, `{"version":"1.0.1"}`)
+			}
+		})
+	}
+	v.eventually("all connections wait", func() bool {
+		return v.count(`select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`) >= 4
+	})
+	v.want(v.byAssertion("", v.assertion(key, id)), 200, "")
+	v.want(v.byGrant(h.vouch(v.workloadClaims(cluster, screener))), 200, "")
+	done.Store(true)
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	changes.Wait()
 }
 
 // Whoever is not let in learns nothing of the client, and of its keys.
@@ -689,8 +730,33 @@ func TestAssertionIsGoodOnce(t *testing.T) {
 	next := newHolder(t, "ES256")
 	v.want(v.register(id, next.jwk), 201, "")
 	v.want(v.byAssertion("", next.sign(next.header(), claims)), 401, "invalid_client")
-	// One that is refused for what it says, or is nobody's, is not used by that.
+	// A revocation uses it up whether there is something to revoke or not.
+	for _, revoked := range []string{v.want(v.byAssertion("", v.assertion(h, id)), 200, "").text("access_token"), "x"} {
+		for range 2 {
+			text := v.assertion(h, id)
+			v.want(v.byAssertion("/revoke", text, "token", revoked), 200, "")
+			v.want(v.byAssertion("", text), 401, "invalid_client")
+		}
+	}
+	// One by which nothing came about, for what it says, what it is for, or a limit, is not
+	// used up; nor does a client that is over its limit leave anything behind.
 	text := v.assertion(h, id)
+	v.want(v.byAssertion("", text, "scope", "c:d"), 400, "invalid_scope")
+	v.want(v.byAssertion("/introspect", text, "token", ""), 400, "invalid_request")
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"rateLimit": 1}`), 200, "")
+	v.want(v.byAssertion("", v.assertion(h, id)), 200, "")
+	uses := v.count(`select count(*) from token_revocations`)
+	for range 3 {
+		v.want(v.byAssertion("", text), 429, "temporarily_unavailable")
+		v.want(v.byAssertion("", v.assertion(h, id)), 429, "temporarily_unavailable")
+	}
+	if n := v.count(`select count(*) from token_revocations`); n != uses {
+		t.Errorf("a limited client has left %d uses", n-uses)
+	}
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"rateLimit": null}`), 200, "")
+	v.want(v.byAssertion("", text), 200, "")
+	v.want(v.byAssertion("", text), 401, "invalid_client")
+	text = v.assertion(h, id)
 	v.want(v.byAssertion("", text, "client_id", newID()), 401, "invalid_client")
 	v.want(v.byAssertion("", text, "client_secret", "x"), 400, "invalid_request")
 	v.want(v.byAssertion("/introspect", newHolder(t, "EdDSA").sign(h.header(), claims.with(members{"jti": readPart(t, text, 1)[8:30]}))), 401, "invalid_client")
@@ -726,7 +792,7 @@ func TestAssertionIsUsedByOneOfMany(t *testing.T) {
 			t.Fatalf("32 uses of 8 assertions at the same time answered %v, want one 200 of each", got)
 		}
 	}
-	if n := v.count(`select count(*) from audit_events where action = 'token.issued' and agent_id = $1`, id); n > rounds(200, 2000)+8*rounds(20, 200) {
+	if n := v.count(`select count(*) from audit_events where action = 'token.issued' and outcome = 'success' and agent_id = $1`, id); n > rounds(200, 2000)+8*rounds(20, 200) {
 		t.Errorf("%d tokens were issued", n)
 	}
 }
@@ -896,7 +962,7 @@ func TestKeyEndsAsASecretDoes(t *testing.T) {
 func TestKeyThatEndsWhileItsRequestWaitsGivesNothing(t *testing.T) {
 	t.Parallel()
 	p := newCutter(t)
-	q := p.another()
+	q, third := p.another(), p.another()
 	for _, end := range []string{"revoked", "rotated", "suspended"} {
 		id, credentialID, h := p.newKeyClient("ES256", tokensRead)
 		texts := []string{p.assertion(h, id), p.assertion(h, id)}
@@ -917,8 +983,8 @@ func TestKeyThatEndsWhileItsRequestWaitsGivesNothing(t *testing.T) {
 		p.eventually("the cut waits for the chain", func() bool { return p.waiting() == 1 })
 		go func() { token <- q.byAssertion("", texts[0]) }()
 		p.eventually("the request waits behind it", func() bool { return p.waiting() == 2 })
-		go func() { known <- q.byAssertion("/introspect", texts[1], "token", p.bearer) }()
-		p.eventually("both assertions are used", func() bool { return p.count(`select count(*) from token_revocations`) == 2 })
+		go func() { known <- third.byAssertion("/introspect", texts[1], "token", p.bearer) }()
+		p.eventually("so does another", func() bool { return p.waiting() == 3 })
 		if err := tx.Rollback(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -930,7 +996,6 @@ func TestKeyThatEndsWhileItsRequestWaitsGivesNothing(t *testing.T) {
 				t.Errorf("%s meanwhile: answered %v, want 401 invalid_client", end, a)
 			}
 		}
-		p.exec(`delete from token_revocations`)
 	}
 }
 
@@ -1064,6 +1129,11 @@ func TestKeyIsShownByItsThumbprint(t *testing.T) {
 	for _, alg := range []string{"RS256", "PS256", "ES256", "EdDSA", "Ed25519"} {
 		h := newHolder(t, alg)
 		key := h.jwk.with(members{"use": "sig", "key_ops": []string{"sign", "verify"}, "x5t": "AAAA", "x5c": []string{"AAAA"}, "ext": true, "kid": alg, "priv": "unknown"})
+		for _, name := range []string{"n", "e", "x", "y"} { // of keys of other kinds
+			if _, has := key[name]; !has {
+				key[name] = "unknown"
+			}
+		}
 		if alg == "ES256" { // which needn't say so
 			key = key.without("alg").with(members{"kid": nil, "use": nil, "key_ops": nil})
 		}
@@ -1314,14 +1384,16 @@ func TestAssertionWithoutPostgreSQL(t *testing.T) {
 			}
 		}
 	}
-	// What can't be recorded is no token, and the assertion is then used.
+	// What can't be recorded is no token, and doesn't use the assertion up.
 	allow := v.refuseEvents()
 	text := v.assertion(h, id)
-	v.want(v.byAssertion("", text), 503, "temporarily_unavailable")
+	for _, path := range []string{"", "/introspect", "/revoke"} {
+		v.want(v.byAssertion(path, text, "token", "x"), 503, "temporarily_unavailable")
+	}
 	allow()
 	v.eventually("all is well", func() bool { return v.do("GET", "/health", "").text("status") == "ok" })
+	v.want(v.byAssertion("", text), 200, "")
 	v.want(v.byAssertion("", text), 401, "invalid_client")
-	v.want(v.byAssertion("", v.assertion(h, id)), 200, "")
 }
 
 // No accident makes a token of what isn't an assertion of the client's, nor a fault of ours.

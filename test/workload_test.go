@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -147,6 +148,8 @@ func TestWorkloadsAreNobodyElse(t *testing.T) {
 		"aud as text":          {base.with(members{"aud": "http://idp.test"}), true},
 		"aud with a slash":     {base.with(members{"aud": "http://idp.test/"}), true},
 		"no jti":               {base.without("jti"), true},
+		"cnf null":             {base.with(members{"cnf": nil}), true},
+		"bound to a key":       {base.with(members{"cnf": members{"jkt": thumbprint(h.jwk)}}), false},
 		"no iat and nbf":       {base.without("iat").without("nbf"), true},
 		"exp in 24 hours":      {base.with(members{"exp": now + 24*3600}), true},
 		"issuer with a slash":  {base.with(members{"iss": cluster + "/"}), false},
@@ -240,6 +243,9 @@ func TestWorkloadsAreNobodyElse(t *testing.T) {
 	}
 	v.wantBoth("an SVID", of(svid), true)
 	v.want(v.byAssertion("", of(svid), "client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-spiffe"), 200, "")
+	own, _, key := v.newKeyClient("ES256", "a:b") // a client's own assertion is none of SPIFFE
+	v.want(v.byAssertion("", v.assertion(key, own), "client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:jwt-spiffe"), 401, "invalid_client")
+	v.want(v.byAssertion("", v.assertion(key, own)), 200, "")
 	v.want(v.byAssertion("", of(svid), "client_assertion_type", "urn:ietf:params:oauth:client-assertion-type:saml2-bearer"), 400, "invalid_request")
 	for _, sub := range []string{
 		"spiffe://a.example@b/ns/hiring/sa/screener", "spiffe://a.example:443/ns/hiring/sa/screener", "spiffe://A.example/ns/hiring/sa/screener",
@@ -260,6 +266,61 @@ func (v *service) metadata(agentID, action string) members {
 		v.t.Fatal(err)
 	}
 	return m
+}
+
+// Whoever sends a token that says no key has few tried, as many as of a client's own.
+func TestWorkloadsWithoutKidHaveFewKeysTried(t *testing.T) {
+	t.Parallel()
+	var few, many []holder
+	for range 6 {
+		many = append(many, newHolder(t, "ES256"))
+	}
+	few = many[:5]
+	set := keysOf(many...)
+	set["keys"].([]any)[5].(members)["kid"] = "sixth"
+	v := newService(t, "WORKLOAD_ISSUERS", members{cluster: members{"jwks": keysOf(few...)}, "https://second.example": members{"jwks": set}}.String())
+	id := v.newAgent("a:b")
+	for _, issuer := range []string{cluster, "https://second.example"} {
+		v.want(v.bind(id, issuer, screener, nil), 201, "")
+		for n, h := range few {
+			v.wantBoth(fmt.Sprintf("key %d of %s", n, issuer), h.vouch(v.workloadClaims(issuer, screener)), true)
+			v.wantBoth(fmt.Sprintf("key %d of %s without its kid", n, issuer), h.sign(members{"alg": h.alg}, v.workloadClaims(issuer, screener)), issuer == cluster)
+		}
+	}
+	a := v.want(v.byGrant(few[0].sign(members{"alg": "ES256"}, v.workloadClaims("https://second.example", screener))), 400, "invalid_grant")
+	if !strings.Contains(a.text("error_description"), "must say by its kid") {
+		t.Errorf("answered %v", a)
+	}
+}
+
+// What is refused of a workload that its issuer vouches for says in the log which it is; of
+// one for which nobody does, nothing that it claims.
+func TestRefusedWorkloadsAreRecorded(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h}, nil))
+	suspended := v.newAgent("a:b")
+	v.want(v.bind(suspended, cluster, "suspended", nil), 201, "")
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+suspended, `{"status":"suspended"}`), 200, "")
+	for _, row := range []struct {
+		subject, agent string
+		by             holder
+	}{{"unbound", "", h}, {"suspended", suspended, h}, {"suspended", "", newHolder(t, "ES256")}} {
+		claims := v.workloadClaims(cluster, row.subject)
+		v.byGrant(row.by.vouch(claims))
+		e := v.audit("limit=1&action=" + authFailed).Data[0]
+		var m struct{ Workload members }
+		if err := json.Unmarshal(e.Metadata, &m); err != nil {
+			t.Fatal(err)
+		}
+		want := members{"issuer": cluster, "subject": row.subject, "jti": claims["jti"]}
+		if row.by.jwk["x"] != h.jwk["x"] {
+			want = nil
+		}
+		if idText(e.AgentID) != row.agent || !reflect.DeepEqual(m.Workload, want) {
+			t.Errorf("%s is recorded as %s of %q, want %v of %q", row.subject, e.Metadata, idText(e.AgentID), want, row.agent)
+		}
+	}
 }
 
 // How a workload's credential begins, is chosen, and ends.
@@ -399,6 +460,44 @@ var seventeen = func() string {
 	}
 	return strings.Join(list, ",")
 }()
+
+// What a workload has bound to its issuer while that is cut off is not left behind the
+// event of the cut.
+func TestWorkloadBoundDuringTheCutIsNotLeft(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h}, nil))
+	one, two := v.newAgent("a:b"), v.newAgent("a:b")
+	binderID, binderSecret := v.quickClient(agentsWrite)
+	binder := v.token(binderID, binderSecret, "") // two by one agent would wait for each other
+	v.want(v.bind(one, cluster, "one", nil), 201, "")
+	tx, err := v.db.Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), `select from agents where agent_id = $1 for update`, one)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(t.Context())
+	path := "/credentials?workloadIssuer=" + url.QueryEscape(cluster)
+	cut := make(chan answer, 1)
+	go func() { cut <- v.api(v.bearer, "DELETE", path, "") }()
+	v.eventually("the cut knows whom it concerns", func() bool {
+		return v.count(`select count(*) from pg_stat_activity where datname = current_database() and wait_event_type = 'Lock'`) == 1
+	})
+	v.want(v.api(binder, "POST", "/agents/"+two+"/credentials", members{"workload": members{"issuer": cluster, "subject": "two"}}.String()), 201, "")
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	v.want(<-cut, 503, "SERVICE_UNAVAILABLE")
+	if n := v.count(`select count(*) from credentials where workload is not null and status = 'active'`); n != 2 {
+		t.Errorf("a cut that was refused leaves %d workloads, want 2", n)
+	}
+	v.want(v.api(v.bearer, "DELETE", path, ""), 204, "")
+	if n := v.count(`select count(*) from credentials where workload is not null and status = 'active'`); n != 0 {
+		t.Errorf("the cut leaves %d workloads", n)
+	}
+}
 
 // Where each is good once, it is that on all copies.
 func TestWorkloadsOfSingleUse(t *testing.T) {
@@ -551,10 +650,14 @@ func TestIssuersAreCutOff(t *testing.T) {
 	manager := v.newAgent(agentsRead, agentsWrite, tokensRead, auditRead, credentialsWrite)
 	v.want(v.bind(manager, cluster, "manager", nil), 201, "")
 	bearer := v.want(v.byGrant(h.vouch(v.workloadClaims(cluster, "manager"))), 200, "").text("access_token")
+	other := v.newAgent(agentsRead, agentsWrite, tokensRead, auditRead, credentialsWrite)
 	v.want(v.api(bearer, "DELETE", "/agents/"+weakID, ""), 204, "")
 	v.want(v.api(bearer, "DELETE", "/agents/"+v.id, ""), 204, "")
 	v.want(v.api(bearer, "DELETE", path(cluster), ""), 409, "AGENT_IS_LAST_MANAGER")
-	v.want(v.api(bearer, "POST", "/agents/"+manager+"/credentials", "{}"), 201, "")
+	// It can't give itself what the cut would leave.
+	v.want(v.api(bearer, "POST", "/agents/"+manager+"/credentials", "{}"), 403, "FORBIDDEN")
+	v.want(v.api(bearer, "POST", "/agents/"+manager+"/credentials", members{"publicKey": h.jwk}.String()), 403, "FORBIDDEN")
+	v.want(v.api(bearer, "POST", "/agents/"+other+"/credentials", "{}"), 201, "")
 	v.want(v.api(bearer, "DELETE", path(cluster), ""), 204, "")
 	v.want(v.api(bearer, "GET", "/agents", ""), 401, "UNAUTHORIZED")
 }
@@ -647,6 +750,8 @@ func TestIssuersServeTheirKeys(t *testing.T) {
 	id := p.newAgent("a:b")
 	p.want(p.bind(id, cluster, screener, nil), 201, "")
 	assertion := h.vouch(p.workloadClaims(cluster, screener))
+	haveCome := func() bool { return p.byGrant(assertion).status != 503 }
+	p.eventually("the keys have come", haveCome) // as they do by themselves
 	p.wantBoth("keys of a server", assertion, true)
 	if n := server.asked.Load(); n != 1 {
 		t.Errorf("keys were asked for %d times, want once", n)
@@ -681,7 +786,7 @@ func TestIssuersServeTheirKeys(t *testing.T) {
 	server.down.Store(false)
 
 	// What is wrong leaves the old.
-	for name, text := range map[string]string{"no JSON": "canary", "a key that is none": members{cluster: members{"jwks": members{"keys": []any{"canary"}}}}.String(),
+	for name, text := range map[string]string{"no JSON": "canary", "nothing": "", "a new line": "\n", "a key that is none": members{cluster: members{"jwks": members{"keys": []any{"canary"}}}}.String(),
 		"our own": members{p.env["ISSUER"]: members{"jwks": keysOf(h)}}.String()} {
 		write(text)
 		if line := p.hangup(); !strings.Contains(line, `"msg":"keys not read, the old ones stay"`) || !strings.Contains(line, "WORKLOAD_ISSUERS is") && !strings.Contains(line, "WORKLOAD_ISSUERS ") {
@@ -701,12 +806,13 @@ func TestIssuersServeTheirKeys(t *testing.T) {
 	write(members{cluster: members{"jwks": keysOf(next)}}.String())
 	p.eventually("the file is read by itself", func() bool { return p.byGrant(next.vouch(p.workloadClaims(cluster, screener))).status == 200 })
 	p.wantBoth("the old key", assertion, false)
-	write("")
+	write("{}")
 	p.hangup()
 	p.want(p.byGrant(assertion), 401, "invalid_client") // nobody is a workload then
+	server.publish(next)
 	write(issuers.String())
 	p.hangup()
-	server.publish(next)
+	p.eventually("the keys have come again", haveCome)
 	p.wantBoth("rotated", next.vouch(p.workloadClaims(cluster, screener)), true)
 	p.wantBoth("the key before", assertion, false)
 }
