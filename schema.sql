@@ -1,15 +1,53 @@
 -- The schema of AgentIdP: four tables. PostgreSQL 14 or later.
 --
 -- It is embedded in the program and applied at every start, under an advisory
--- lock, in one transaction. So everything here must be repeatable, and cheap
--- when there is nothing to do. A service whose role doesn't own the tables only
--- checks that "migrate" has applied this version or a later one; docs/devops
--- has that role. From version 2 on a change only adds, so that the program before
--- does with it; and it raises schemaVersion in store.go.
+-- lock. So everything here must be repeatable, and cheap when there is nothing to
+-- do. A service whose role doesn't own the tables only checks that "migrate" has
+-- applied this version or a later one; docs/devops has that role. From version 2 on
+-- a change only adds, so that the program before does with it; and it raises
+-- schemaVersion in store.go.
+--
+-- Requests go on meanwhile. So each part, up to a line of three dashes, is a
+-- transaction of its own that locks one table, the strongest lock first: one that
+-- held a table and wanted another would stand against requests that hold the other
+-- and want the first. The log comes first, since whose it is says whose all are;
+-- and its partitions last, which is all that a start does on this very version.
 --
 -- Times are UTC with milliseconds, as they are served: what is hashed into the
 -- audit chain is what is stored and what is answered.
 
+-- The audit log: one gapless chain of hashes over all partitions (chain.go
+-- says how it is computed). A unique key of a partitioned table must hold the
+-- partition key; that seq alone is unique, the chain proves.
+create table if not exists audit_events (
+    event_id    uuid not null, -- holds timestamp and seq, and so needs no index
+    seq         bigint not null check (seq > 0),
+    "timestamp" timestamptz not null,
+    agent_id    uuid, -- whom it concerns
+    actor_id    uuid, -- who did it; null for the operator and for who is not known
+    action      text not null,
+    outcome     text not null check (outcome in ('success', 'failure')),
+    ip_address  text not null,
+    user_agent  text not null,
+    metadata    json not null, -- json, not jsonb: it keeps the bytes that were hashed
+    prev_hash   bytea not null check (length(prev_hash) = 32),
+    hash        bytea not null check (length(hash) = 32),
+    primary key (seq, "timestamp")
+) partition by range ("timestamp");
+create index if not exists audit_events_timestamp on audit_events ("timestamp");
+-- The second counts an agent's tokens of this month, where Redis has lost its quota.
+create index if not exists audit_events_agent on audit_events (agent_id, seq);
+create index if not exists audit_events_issued on audit_events (agent_id, seq)
+    where action = 'token.issued' and outcome = 'success';
+create index if not exists audit_events_actor_id on audit_events (actor_id, seq);
+-- Any action may be rare. What is most of all is kept small.
+create index if not exists audit_events_tokens on audit_events (seq) where action = 'token.issued';
+create index if not exists audit_events_action on audit_events (action, seq) where action <> 'token.issued';
+create index if not exists audit_events_failure on audit_events (seq) where outcome = 'failure';
+---
+-- Until version 4 this was there, and had not all that a page of an agent takes.
+drop index if exists audit_events_agent_id;
+---
 create table if not exists agents (
     agent_id       uuid primary key, -- version 7: sorts by time of registration
     email          text not null check (length(email) <= 255),
@@ -42,7 +80,7 @@ create index if not exists agents_owner on agents (owner, agent_id);
 create index if not exists agents_type on agents (agent_type, agent_id);
 create index if not exists agents_status on agents (status, agent_id);
 create index if not exists agents_type_and_status on agents (agent_type, status, agent_id);
-
+---
 create table if not exists credentials (
     credential_id uuid primary key,
     client_id     uuid not null references agents,
@@ -77,7 +115,7 @@ create unique index if not exists credentials_key_thumbprint on credentials (key
 create index if not exists credentials_workload on credentials ((workload ->> 'subject')) where status = 'active';
 create unique index if not exists credentials_secret_prefix on credentials (secret_prefix);
 create index if not exists credentials_client_id on credentials (client_id, credential_id);
-
+---
 -- 0.1.0 kept here whatever was revoked. What it has beside tokens is in the
 -- state of credentials and agents too.
 do $$
@@ -102,38 +140,7 @@ create table if not exists token_revocations (
     expires_at timestamptz not null
 );
 create index if not exists token_revocations_expires_at on token_revocations (expires_at);
-
--- The audit log: one gapless chain of hashes over all partitions (chain.go
--- says how it is computed). A unique key of a partitioned table must hold the
--- partition key; that seq alone is unique, the chain proves.
-create table if not exists audit_events (
-    event_id    uuid not null, -- holds timestamp and seq, and so needs no index
-    seq         bigint not null check (seq > 0),
-    "timestamp" timestamptz not null,
-    agent_id    uuid, -- whom it concerns
-    actor_id    uuid, -- who did it; null for the operator and for who is not known
-    action      text not null,
-    outcome     text not null check (outcome in ('success', 'failure')),
-    ip_address  text not null,
-    user_agent  text not null,
-    metadata    json not null, -- json, not jsonb: it keeps the bytes that were hashed
-    prev_hash   bytea not null check (length(prev_hash) = 32),
-    hash        bytea not null check (length(hash) = 32),
-    primary key (seq, "timestamp")
-) partition by range ("timestamp");
-create index if not exists audit_events_timestamp on audit_events ("timestamp");
--- The second counts an agent's tokens of this month, where Redis has lost its quota.
--- Until version 4 the first had only what that has not, and pages of an agent were sorted.
-drop index if exists audit_events_agent_id;
-create index if not exists audit_events_agent on audit_events (agent_id, seq);
-create index if not exists audit_events_issued on audit_events (agent_id, seq)
-    where action = 'token.issued' and outcome = 'success';
-create index if not exists audit_events_actor_id on audit_events (actor_id, seq);
--- Any action may be rare. What is most of all is kept small.
-create index if not exists audit_events_tokens on audit_events (seq) where action = 'token.issued';
-create index if not exists audit_events_action on audit_events (action, seq) where action <> 'token.issued';
-create index if not exists audit_events_failure on audit_events (seq) where outcome = 'failure';
-
+---
 create or replace function audit_events_refuse() returns trigger language plpgsql as $$
 begin
     raise exception '% on audit_events is refused: the log is append-only', tg_op

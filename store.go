@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -356,16 +357,38 @@ var errEncoding = errors.New("the database is not in UTF8, so that it can't keep
 
 var errNotMigrated = errors.New("the tables are another role's, and their schema is of an earlier version; let that role run migrate of this version")
 
-// applySchema applies the schema, one copy at a time, and leaves its version as
-// a comment. A later one is left as it is. Where others own the tables it must
-// be there, unless always is set, which then fails. An index of a large table
-// may take its time.
+// applySchema applies the schema, part by part, and leaves its version as a comment.
+// A later one is left as it is. Where others own the tables it must be there, unless
+// always is set, which then fails.
 func (s *server) applySchema(ctx context.Context, always bool) error {
 	waiting, cancel := context.WithTimeout(ctx, 20*time.Second)
 	defer cancel()
 	if err := checkSessions(waiting, s.inner, s.db); err != nil {
 		return err
 	}
+	encoding := ""
+	if err := s.inner.QueryRow(waiting, `select current_setting('server_encoding')`).Scan(&encoding); err != nil {
+		return err
+	}
+	if encoding != "UTF8" {
+		return errEncoding
+	}
+	parts := strings.Split(schema, "\n---\n")
+	for i, part := range parts {
+		if err := s.applyPart(ctx, part, i == len(parts)-1, always); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// applyPart applies a part of the schema, one copy at a time. Where this version is
+// there, only migrate looks at more than the last. An index of a large table may take
+// its time; but who waits for a table holds up all who come after, so that is tried
+// again after less than a request waits, and more than autovacuum takes to give way.
+func (s *server) applyPart(ctx context.Context, part string, last, always bool) error {
+	waiting, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
 	tx, err := s.inner.Begin(waiting)
 	if err != nil {
 		return err
@@ -373,10 +396,6 @@ func (s *server) applySchema(ctx context.Context, always bool) error {
 	defer tx.Rollback(ctx) // after a commit, nothing
 	if _, err := tx.Exec(waiting, `select pg_advisory_xact_lock($1)`, schemaLock); err != nil {
 		return err
-	}
-	encoding := ""
-	if err := tx.QueryRow(waiting, `select current_setting('server_encoding')`).Scan(&encoding); err != nil || encoding != "UTF8" {
-		return errors.Join(err, errEncoding)
 	}
 	applied, others := 0, false
 	err = tx.QueryRow(waiting, `
@@ -388,10 +407,13 @@ func (s *server) applySchema(ctx context.Context, always bool) error {
 		return err
 	case others && !always && applied < schemaVersion:
 		return errNotMigrated
-	case others && !always, applied > schemaVersion:
+	case others && !always, applied > schemaVersion, applied == schemaVersion && !last && !always:
 		return nil
 	}
-	if _, err = tx.Exec(ctx, schema+`comment on table audit_events is 'schema `+strconv.Itoa(schemaVersion)+`'`); err != nil {
+	if last && applied < schemaVersion {
+		part += `comment on table audit_events is 'schema ` + strconv.Itoa(schemaVersion) + `'`
+	}
+	if _, err = tx.Exec(ctx, `set local lock_timeout = '2s'; `+part); err != nil {
 		return err
 	}
 	return tx.Commit(ctx)

@@ -76,7 +76,7 @@ func TestOurSessionsAreOursWhateverRoleDatabaseAndURLSay(t *testing.T) {
 				insert into public.seen select tg_table_name, s, current_setting(s) from unnest(string_to_array(tg_argv[0], '|')) s;
 				return null;
 			end $$`)
-			for _, table := range []string{"agents", "credentials", "token_revocations", "audit_events"} {
+			for _, table := range tables {
 				p.exec(`create trigger look after insert or update on ` + table + ` for each statement execute function look('` +
 					strings.Join(slices.Sorted(maps.Keys(ownSettings)), "|") + `')`)
 			}
@@ -896,6 +896,148 @@ func TestOwnerUpgradesADatabaseOf010ByStarting(t *testing.T) {
 	}
 	starts.Wait()
 	newProgram(t, database, newRedis(t)).everything(t)
+}
+
+var tables = []string{"agents", "credentials", "token_revocations", "audit_events"}
+
+// asVersion3 makes tables of the schema those of version 3, in what a change of them
+// has to lock.
+const asVersion3 = `
+	alter table agents drop column resources, drop column rate_limit, drop column monthly_token_limit, drop column token_ttl;
+	alter table credentials drop column kind, drop column public_key, drop column key_thumbprint, drop column workload;
+	drop index audit_events_agent, audit_events_issued;
+	create index audit_events_agent_id on audit_events (agent_id);
+	comment on table audit_events is 'schema 3';`
+
+// newSchema is a program that isn't started, beside a database with the schema, of
+// which this is then made.
+func newSchema(t *testing.T, sql string) *program {
+	t.Helper()
+	p := &program{service: &service{t: t, env: programEnv(newDatabase(t), newRedis(t))}}
+	config, err := pgxpool.ParseConfig(p.env["DATABASE_URL"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.MaxConns = int32(len(tables)) + 1 // each may be in a transaction
+	if p.db, err = pgxpool.NewWithConfig(context.Background(), config); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.db.Close)
+	p.command("migrate")
+	p.exec(sql)
+	return p
+}
+
+// launchCommand starts a command, and returns its log and how it ends.
+func (p *program) launchCommand(name string) (log *bytes.Buffer, ended chan error) {
+	p.t.Helper()
+	cmd := p.build(name)
+	log, ended = &bytes.Buffer{}, make(chan error, 1)
+	cmd.Stderr = log
+	running := startProcess(p.t, cmd, syscall.SIGKILL)
+	go func() { ended <- running.wait() }()
+	return log, ended
+}
+
+// waitedFor is a table that somebody waits for, or "".
+func (p *program) waitedFor() (table string) {
+	p.t.Helper()
+	err := p.db.QueryRow(p.t.Context(), `
+		select coalesce(min(substring(relation::regclass::text from 'agents|credentials|token_revocations|audit_events')), '')
+		from pg_locks
+		where not granted and locktype = 'relation' and database = (select oid from pg_database where datname = current_database())`).Scan(&table)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return table
+}
+
+// No part of the schema has what requests take and waits for more of that, since they
+// may have that and wait for the first. Here one request for each table has read it, or
+// has changed it, until migrate waits for it, and then goes on to change all.
+func TestMigrateDeadlocksWithNoRequest(t *testing.T) {
+	t.Parallel()
+	lastMonth := nextMonth(time.Now()).AddDate(0, 11, 0).Format("audit_events_2006_01")
+	for _, row := range []struct{ what, before, begun, waits string }{
+		{"an upgrade, and who has read", asVersion3, "access share", "agents audit_events credentials"},
+		{"an upgrade, and who has changed", asVersion3, "row exclusive", "agents audit_events credentials"},
+		{"a month, and who has read", "drop table " + lastMonth, "access share", "audit_events"},
+		{"a month, and who has changed", "drop table " + lastMonth, "row exclusive", "audit_events"},
+	} {
+		t.Run(row.what, func(t *testing.T) {
+			t.Parallel()
+			p := newSchema(t, row.before)
+			requests := map[string]pgx.Tx{}
+			for _, table := range tables {
+				requests[table] = p.begun("lock table " + table + " in " + row.begun + " mode")
+			}
+			log, ended := p.launchCommand("migrate")
+			missing := strings.Fields(row.waits)
+			for running := true; running; {
+				select {
+				case err := <-ended:
+					running = false
+					if err != nil {
+						t.Errorf("migrate = %v", err)
+					}
+				case <-time.After(20 * time.Millisecond):
+				}
+				table := p.waitedFor()
+				request := requests[table]
+				if request == nil {
+					continue
+				}
+				delete(requests, table)
+				missing = slices.DeleteFunc(missing, func(name string) bool { return name == table })
+				_, err := request.Exec(t.Context(), "lock table "+strings.Join(tables, ", ")+" in row exclusive mode")
+				if err = errors.Join(err, request.Commit(t.Context())); err != nil {
+					t.Errorf("a request that has %s ends with %v", table, err)
+				}
+			}
+			if len(missing) > 0 {
+				t.Errorf("migrate has not waited for %q", missing)
+			}
+			if strings.Contains(log.String(), "40P01") {
+				t.Errorf("migrate met a deadlock: %s", log)
+			}
+		})
+	}
+}
+
+// Who waits for a table is in front of all who want to read it. So migrate gives up
+// beside a backup, which keeps what it has read, and lets them through.
+func TestMigrateThatWaitsLetsRequestsThrough(t *testing.T) {
+	t.Parallel()
+	p := newSchema(t, asVersion3)
+	backup := p.begun(`select from agents`)
+	_, ended := p.launchCommand("migrate")
+	p.eventually("migrate waits", func() bool { return p.waitedFor() == "agents" })
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if _, err := p.db.Exec(ctx, `select from agents`); err != nil {
+		t.Errorf("behind migrate a request ends with %v", err)
+	}
+	backup.Rollback(t.Context())
+	if err := <-ended; err != nil {
+		t.Errorf("migrate after the backup = %v", err)
+	}
+}
+
+// An owner's start on the schema of this version makes months that are missing, and
+// locks nothing else.
+func TestStartOnThisVersionWaitsForNobody(t *testing.T) {
+	t.Parallel()
+	p := newSchema(t, "")
+	p.begun("lock table " + strings.Join(tables, ", ") + " in share update exclusive mode") // as VACUUM does
+	log, ended := p.launchCommand("verify-audit")
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Errorf("a start beside VACUUM = %v: %s", err, log)
+		}
+	case <-time.After(30 * time.Second):
+		t.Errorf("a start beside VACUUM waits for %s", p.waitedFor())
+	}
 }
 
 // This version starts on the schema of a later one, which only adds, and leaves
