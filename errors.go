@@ -29,7 +29,7 @@ func (p problem) with(details map[string]any) *problem {
 
 var (
 	errValidation = &problem{status: 400, code: "VALIDATION_ERROR", message: "The request has faults, which details names."}
-	errTwoMethods = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "This is authenticated twice. Send one Authorization header, or client_id and client_secret in the body."}
+	errTwoMethods = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "This is authenticated twice. Send one Authorization header, or client_id and client_secret in the body, or a client_assertion there."}
 	errForm       = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_request", message: "The form has faults."}
 	errGrantType  = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_grant_type", message: "The grant_type must be client_credentials."}
 	errScope      = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_scope", message: "The scope has faults."}
@@ -39,7 +39,7 @@ var (
 
 	errNoToken        = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The header Authorization: Bearer TOKEN is needed, with a token from POST /api/v1/token; not in the URL, and by no other scheme."}
 	errInvalidToken   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is revoked, or its credential or agent is."}
-	errNoClient       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "Client authentication is needed: HTTP Basic, or client_id and client_secret in the body; not in the URL, and by no other scheme."}
+	errNoClient       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "Client authentication is needed: HTTP Basic, or in the body client_id and client_secret, or a client_assertion; not in the URL, and by no other scheme."}
 	errBadClient      = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The client_id (an agentId) is unknown, or its client_secret (sk_live_ and 64 hex digits) is wrong, revoked or expired."}
 	errBadAssertion   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "No active key of this client has signed the client_assertion."}
 	errBadGrant       = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_grant", message: "The assertion is not right."}
