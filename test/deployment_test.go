@@ -253,6 +253,11 @@ func TestManifestsFitTheProgram(t *testing.T) {
 		strings.Count(readFile(t, folder+"network.yaml"), "ports: [{protocol: TCP, port: metrics}]"); n != 2 {
 		t.Errorf("network.yaml lets in to %d of 2 ports", n)
 	}
+	// Keys of issuers are fetched where that is wanted: https, which stands there and doesn't count.
+	policy := readFile(t, folder+"network.yaml")
+	if port := inManifest(t, "network.yaml", policy, `# - to:\n(?:    #     - .*\n)+    #   ports: \[\{protocol: TCP, port: (\d+)\}\]$`); port != "443" {
+		t.Errorf("network.yaml has a rule for the port %s of issuers, want 443", port)
+	}
 }
 
 // The proxies' configurations have no path that the service hasn't.
