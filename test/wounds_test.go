@@ -835,16 +835,10 @@ var clientWounds = []wound{
 		}
 	}},
 	{"unknown clients are told from wrong secrets", "RFC 6749, section 5.2; CVE-2025-6011 (Vault: by the time that bcrypt takes)", func(t *testing.T, v *service) {
-		var hash string
-		if err := v.db.QueryRow(t.Context(), `select secret_hash from credentials where client_id = $1`, v.id).Scan(&hash); err != nil {
-			t.Fatal(err)
-		}
 		slow := time.Hour
 		for range 3 {
 			begun := time.Now()
-			if bcrypt.CompareHashAndPassword([]byte(hash), []byte(v.secret)) != nil {
-				t.Fatal("the hash is not the secret's")
-			}
+			v.want(v.form(v.id, v.secret[:24]+newSecret()[24:], "", "grant_type=client_credentials"), 401, "invalid_client") // of its prefix
 			slow = min(slow, time.Since(begun))
 		}
 		quickest := func(id string) (best time.Duration, text string) {
