@@ -27,8 +27,11 @@ type servicesRun struct {
 func services(t *testing.T, keep string) *servicesRun {
 	t.Helper()
 	v := &servicesRun{t: t, temp: openFolder(t), keep: keep}
-	v.command = v.start("sleep", "1000")
-	v.until("it did not begin", func() bool { return len(v.ofAll("with-services.sh")) == 1 && len(v.ofAll("--supervise")) == 1 })
+	v.command = v.start("sh", "-c", "touch $TMPDIR/begun; exec sleep 1000")
+	v.until("it did not begin", func() bool {
+		begun, _ := filepath.Glob(v.temp + "/*/tmp/begun")
+		return begun != nil && len(v.ofAll("with-services.sh")) == 1 && len(v.ofAll("--supervise")) == 1
+	})
 	return v
 }
 
@@ -82,7 +85,7 @@ func (v *servicesRun) killAll(word string) {
 
 func (v *servicesRun) until(why string, done func() bool) {
 	v.t.Helper()
-	for end := time.Now().Add(5 * time.Minute); time.Now().Before(end); time.Sleep(20 * time.Millisecond) { // it may have to build
+	for end := time.Now().Add(5 * time.Minute); time.Now().Before(end); time.Sleep(100 * time.Millisecond) { // it may have to build; to look into all processes takes its time
 		if done() {
 			return
 		}
