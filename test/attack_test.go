@@ -792,7 +792,11 @@ func TestEveryAttackOnTheLogIsRefusedOrNamed(t *testing.T) {
 				return a.forge(t.Context(), conn, slices.Clone(chain), part)
 			}
 			copyOf := func(name string) string { // of the database as it was
-				es.exec("postgres", theSuperuser, `create database `+name+` template agentidp owner agentidp_owner`)
+				conn := es.connect("postgres", theSuperuser)
+				defer conn.Close(t.Context())
+				if err := copyTo(conn, name, "agentidp owner agentidp_owner"); err != nil {
+					t.Fatal(err)
+				}
 				return name
 			}
 			intact := copyOf(fmt.Sprintf("intact_%d", i))
@@ -811,14 +815,15 @@ func TestEveryAttackOnTheLogIsRefusedOrNamed(t *testing.T) {
 						}
 						return
 					}
-					database := copyOf(fmt.Sprintf("attack_%d_%d", i, j))
-					defer es.exec("postgres", theSuperuser, `drop database `+database+` with (force)`)
+					// A superuser's and an owner's deeds are the same to who reads the log.
+					if role == theSuperuser && a.super == nil && !soak {
+						return
+					}
+					database := copyOf(fmt.Sprintf("attack_%d_%d", i, j)) // which goes with its PostgreSQL: to drop it takes as long as to copy it
 					if err := attack(a, database); err != nil {
 						t.Fatal(err)
 					}
-					// A superuser's and an owner's deeds are the same to who reads the log.
-					serves := want.http != 0 && (role != theSuperuser || a.next != 0 || soak)
-					es.wantVerdict(database, p.bearer, cp, serves, a.next, want)
+					es.wantVerdict(database, p.bearer, cp, want.http != 0, a.next, want)
 				})
 			}
 			es.wantVerdict(intact, p.bearer, cp, true, 0, unseen) // of what was refused, nothing is left

@@ -199,7 +199,12 @@ func newDatabase(t testing.TB) string {
 func copyDatabase(t testing.TB, of string) string {
 	t.Helper()
 	name := fmt.Sprintf("agentidp_test_%d_%d", os.Getpid(), databaseNumber.Add(1))
-	if err := askServer("create database " + name + " template " + of); err != nil {
+	conn, err := pgx.Connect(t.Context(), testDatabaseURL)
+	if err == nil {
+		err = copyTo(conn, name, of)
+		conn.Close(t.Context())
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -208,6 +213,16 @@ func copyDatabase(t testing.TB, of string) string {
 		}
 	})
 	return databaseURL(name)
+}
+
+// copyTo copies by files where it can: through the WAL takes twice the processor's time.
+func copyTo(conn *pgx.Conn, name, of string) error {
+	sql := "create database " + name + " template " + of
+	if conn.PgConn().ParameterStatus("server_version") >= "15" {
+		sql += " strategy file_copy"
+	}
+	_, err := conn.Exec(context.Background(), sql)
+	return err
 }
 
 func askServer(sql string) error {
