@@ -199,12 +199,7 @@ func newDatabase(t testing.TB) string {
 func copyDatabase(t testing.TB, of string) string {
 	t.Helper()
 	name := fmt.Sprintf("agentidp_test_%d_%d", os.Getpid(), databaseNumber.Add(1))
-	conn, err := pgx.Connect(t.Context(), testDatabaseURL)
-	if err == nil {
-		err = copyTo(conn, name, of)
-		conn.Close(t.Context())
-	}
-	if err != nil {
+	if err := onServer(func(conn *pgx.Conn) error { return copyTo(conn, name, of) }); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -226,14 +221,21 @@ func copyTo(conn *pgx.Conn, name, of string) error {
 }
 
 func askServer(sql string) error {
-	ctx := context.Background()
-	conn, err := pgx.Connect(ctx, testDatabaseURL)
+	return onServer(func(conn *pgx.Conn) error {
+		_, err := conn.Exec(context.Background(), sql)
+		return err
+	})
+}
+
+// A new connection takes as long as a third of a new database, so these are kept.
+var serverConns = sync.OnceValues(func() (*pgxpool.Pool, error) { return pgxpool.New(context.Background(), testDatabaseURL) })
+
+func onServer(do func(conn *pgx.Conn) error) error {
+	pool, err := serverConns()
 	if err != nil {
 		return err
 	}
-	defer conn.Close(ctx)
-	_, err = conn.Exec(ctx, sql)
-	return err
+	return pool.AcquireFunc(context.Background(), func(conn *pgxpool.Conn) error { return do(conn.Conn()) })
 }
 
 func databaseURL(name string) string {
