@@ -731,6 +731,12 @@ func TestCommands(t *testing.T) {
 // serving runs the program until stop is called, whose error is that of run.
 func serving(t *testing.T, env map[string]string) (v *service, stop func() error) {
 	t.Helper()
+	return logging(t, env, testLog)
+}
+
+// logging is serving with a log of the test's own.
+func logging(t *testing.T, env map[string]string, log io.Writer) (v *service, stop func() error) {
+	t.Helper()
 	env["HOST"], env["PORT"] = "127.0.0.1", steadyPort(t)
 	if _, set := env["METRICS_ADDR"]; !set {
 		env["METRICS_ADDR"] = ""
@@ -738,7 +744,7 @@ func serving(t *testing.T, env map[string]string) (v *service, stop func() error
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() {
-		_, err := command(ctx, env, testLog)
+		_, err := command(ctx, env, log)
 		done <- err
 	}()
 	stopped := false
@@ -841,13 +847,15 @@ func TestStoryOfAnOperator(t *testing.T) {
 }
 
 func TestStartWaitsForPostgreSQL(t *testing.T) {
+	t.Parallel()
 	env := map[string]string{"DATABASE_URL": newDatabase(t), "REDIS_URL": newRedis(t), "JWT_PRIVATE_KEY": testKey(), "DRAIN_TIME": "0"}
 	proxy := proxyDatabase(t, env)
 	proxy.set(refusing)
 	// Two ways of not being there yet; the second is how PostgreSQL says it itself.
-	waits := func() int { return strings.Count(testLog.String(), "waiting for PostgreSQL") }
+	log := &programLog{also: testLog, serving: make(chan string, 2)}
+	waits := func() int { return strings.Count(log.String(), "waiting for PostgreSQL") }
 	before := waits()
-	v, stop := serving(t, env)
+	v, stop := logging(t, env, log)
 	v.eventually("it says that it waits", func() bool { return waits() > before })
 	if status := v.ready(); status == 200 {
 		t.Errorf("without a database, /readyz = %d", status)
@@ -862,8 +870,8 @@ func TestStartWaitsForPostgreSQL(t *testing.T) {
 	}
 
 	proxy.set(refusing) // an operator who gives up is obeyed
-	v, stop = serving(t, env)
 	before = waits()
+	v, stop = logging(t, env, log)
 	v.eventually("it waits again", func() bool { return waits() > before })
 	begun := time.Now()
 	if err := stop(); err == nil || time.Since(begun) > 5*time.Second {
