@@ -717,7 +717,7 @@ func TestWhatWasAcknowledgedOutlivesKilledCopies(t *testing.T) {
 	t.Parallel()
 	p, q := newPair(t, newPostgres(t).url(), newRedisServer(t).url(), crashLimits...)
 	l := startLoad(p, 10, false, p.url, q.url)
-	for i := range rounds(20, 100) {
+	for i := range rounds(10, 100) {
 		time.Sleep(time.Duration(100+rand.IntN(300)) * time.Millisecond)
 		victims := []*program{p, q}
 		if i%5 != 4 {
@@ -966,7 +966,7 @@ func TestCopiesAreReplacedWithoutAFailure(t *testing.T) {
 	b := newBalancer(t, p, q)
 	l := startLoad(p, 4, true, "http://"+b.listener.Addr().String())
 	copies := []*program{p, q}
-	for i := range 2 * rounds(3, 25) {
+	for i := range 2 * rounds(2, 25) {
 		time.Sleep(200 * time.Millisecond)
 		v, saw := copies[i%2], map[int64]bool{}
 		v.cmd.Process.Signal(syscall.SIGTERM)
