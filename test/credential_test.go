@@ -23,7 +23,7 @@ func basicAuth(id, secret string) string {
 }
 
 // quickCredential stores a credential that is like one made over HTTP, but
-// hashed at the least cost: the real one takes a second under -race.
+// hashed at the least cost: the real one takes a tenth of a second.
 func (v *service) quickCredential(agentID string) (credentialID, secret string) {
 	v.t.Helper()
 	plain := newSecret()
