@@ -49,10 +49,7 @@ func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
 	if i < 0 {
 		return o, errBadAssertion
 	}
-	if o = clients[i]; o.refusal() != nil {
-		return o, o.refusal()
-	}
-	return using(o, a)
+	return proved(clients[i], a, true)
 }
 
 // signedBy returns which of these keys has signed it, or -1. An address has one
@@ -66,12 +63,17 @@ func (s *server) signedBy(r *request, a assertion, keys []jwk) (int, error) {
 	return slices.IndexFunc(keys, func(k jwk) bool { return k.verifies(a) }), nil
 }
 
-// using is the client which has shown an assertion that is good once.
-func using(o client, a assertion) (client, error) {
-	if o.used {
+// proved is the client that has shown an assertion, unless it may do nothing, or that is
+// good once and was used before.
+func proved(o client, a assertion, once bool) (client, error) {
+	switch {
+	case o.refusal() != nil:
+		return o, o.refusal()
+	case once && o.used:
 		return o, replayed
+	case once:
+		o.use = use{id: a.useID(), end: a.exp}
 	}
-	o.use = use{id: a.useID(), end: a.exp}
 	return o, nil
 }
 
@@ -79,11 +81,12 @@ const replayed = flaw("was used before; each needs a jti of its own")
 
 // A shown is what is looked up of an assertion: of a client's own the key that kid
 // names, by its own name or its thumbprint, or the newest where it is ""; of a workload
-// its issuer and subject, and the client that was chosen or "". Use is its id where it
-// is good once, or "".
+// its issuer and subject, and the client that was chosen or ""; and by what id it is
+// remembered if it was used.
 type shown struct{ clientID, kid, issuer, subject, use string }
 
-// loadSigners returns of each the clients that may have signed it, once for each key.
+// loadSigners returns of each the clients that may have signed it, once for each
+// credential, the newest first.
 func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, error) {
 	var ids, kids, issuers, subjects, uses []string
 	for _, x := range list {
@@ -92,8 +95,8 @@ func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, err
 	}
 	rows, _ := db.Query(ctx, `
 		with shown as materialized (
-			select *, exists (select from token_revocations where jti = nullif(use, '')::uuid) as used
-			from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[]) with ordinality as shown (id, kid, issuer, subject, use, i))
+			select *, exists (select from token_revocations where jti = use) as used
+			from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::uuid[]) with ordinality as shown (id, kid, issuer, subject, use, i))
 		select shown.i, shown.used, own.*
 		from shown
 		cross join lateral (
@@ -112,7 +115,8 @@ func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, err
 		join credentials c on c.workload ->> 'subject' = shown.subject and c.workload ->> 'issuer' = shown.issuer
 		join agents a on a.agent_id = c.client_id
 		where issuer <> '' and shown.id in ('', c.client_id::text)
-			and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())`,
+			and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())
+		order by i, credential_id desc`,
 		ids, kids, issuers, subjects, uses, maxKeysTried)
 	var o client
 	var i int

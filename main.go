@@ -338,7 +338,7 @@ func (s *server) close() {
 // not right, the old ones stay.
 func (s *server) watchKeys(ctx context.Context, hangup <-chan os.Signal, getenv func(string) (string, bool)) {
 	seenOf := func(cfg config) string { return strings.Join(cfg.keys.each("kid"), " ") + cfg.workloads.text }
-	taken, issuers := seenOf(s.cfg), s.cfg.workloads.text
+	taken := seenOf(s.cfg)
 	for seen := taken; ; {
 		before := seen
 		select {
@@ -363,10 +363,7 @@ func (s *server) watchKeys(ctx context.Context, hangup <-chan os.Signal, getenv 
 			continue
 		}
 		s.keys.Store(cfg.keys)
-		if cfg.workloads.text != issuers { // else what is known of their keys stays
-			issuers = cfg.workloads.text
-			s.trust(cfg.workloads)
-		}
+		s.trust(cfg.workloads)
 		slog.Info("keys read", "kids", cfg.keys.each("kid"), "workloadIssuers", len(cfg.workloads.issuers))
 	}
 }

@@ -71,10 +71,10 @@ func (s *server) readWorkload(value any) (w workload, err error) {
 
 // A trustedIssuer is one that WORKLOAD_ISSUERS names, and what is known of its keys.
 type trustedIssuer struct {
-	JWKS         keySet `json:"jwks"`
-	JWKSURI      string `json:"jwksUri"`
-	SingleUse    bool   `json:"singleUse"`    // each assertion is good once
-	AllowPrivate bool   `json:"allowPrivate"` // that jwksUri leads into our own networks
+	JWKS         map[string]any `json:"jwks"` // RFC 7517, section 5
+	JWKSURI      string         `json:"jwksUri"`
+	SingleUse    bool           `json:"singleUse"`    // each assertion is good once
+	AllowPrivate bool           `json:"allowPrivate"` // that jwksUri leads into our own networks
 
 	client   *http.Client
 	mu       sync.Mutex
@@ -84,8 +84,6 @@ type trustedIssuer struct {
 	fetching chan struct{}
 	failed   error
 }
-
-type keySet map[string]any // RFC 7517, section 5
 
 // A workloadConfig is WORKLOAD_ISSUERS.
 type workloadConfig struct {
@@ -97,11 +95,9 @@ func parseWorkloads(text string) (cfg workloadConfig, err error) {
 	cfg.text = text
 	d := json.NewDecoder(strings.NewReader(text))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&cfg.issuers); err != nil {
-		return cfg, errors.New("it is no JSON of this form")
-	}
-	if _, err := d.Token(); err != io.EOF {
-		return cfg, errors.New("something follows its JSON")
+	err = d.Decode(&cfg.issuers)
+	if _, more := d.Token(); err != nil || more != io.EOF {
+		return cfg, errors.New("it is no JSON of this form, or something follows it")
 	}
 	for name, i := range cfg.issuers {
 		if i == nil || name == "" || len(name) > 512 || (i.JWKS == nil) == (i.JWKSURI == "") {
@@ -110,10 +106,8 @@ func parseWorkloads(text string) (cfg workloadConfig, err error) {
 		if u, err := url.Parse(i.JWKSURI); i.JWKS == nil && (err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil) {
 			return cfg, errors.New("a jwksUri must be an https URL")
 		}
-		if i.JWKS != nil {
-			if i.keys = i.JWKS.usable(); i.keys == nil {
-				return cfg, errors.New("a jwks has no key of RSA, P-256 or Ed25519 for signatures, or more than 64")
-			}
+		if i.keys = usable(i.JWKS); i.JWKS != nil && i.keys == nil {
+			return cfg, errors.New("a jwks has no key of RSA, P-256 or Ed25519 for signatures, or more than 64")
 		}
 		i.client = newFetcher(i.AllowPrivate)
 	}
@@ -121,7 +115,7 @@ func parseWorkloads(text string) (cfg workloadConfig, err error) {
 }
 
 // usable are the keys that verify here; others are passed over (RFC 7517, section 5).
-func (set keySet) usable() (keys []jwk) {
+func usable(set map[string]any) (keys []jwk) {
 	list, _ := set["keys"].([]any)
 	if len(list) > maxKeys {
 		return nil
@@ -175,11 +169,9 @@ var special = []netip.Prefix{
 	netip.MustParsePrefix("2001::/23"), netip.MustParsePrefix("2001:db8::/32"), netip.MustParsePrefix("2002::/16"), netip.MustParsePrefix("3fff::/20"),
 }
 
-var unicast = netip.MustParsePrefix("2000::/3") // of IPv6
-
 func isPublic(a netip.Addr) bool {
 	a = a.Unmap().WithZone("")
-	return a.IsGlobalUnicast() && !a.IsPrivate() && (a.Is4() || unicast.Contains(a)) &&
+	return a.IsGlobalUnicast() && !a.IsPrivate() && (a.Is4() || a.As16()[0]>>5 == 1) && // 2000::/3
 		!slices.ContainsFunc(special, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
@@ -193,9 +185,9 @@ func (i *trustedIssuer) find(ctx context.Context, kid string) ([]jwk, error) {
 	if i.JWKS != nil {
 		return found, nil
 	}
-	if (found == nil || now.Sub(i.answered) > keysFresh) && i.fetching == nil && now.Sub(i.tried) >= keysAgain {
+	if (len(found) == 0 || now.Sub(i.answered) > keysFresh) && i.fetching == nil && now.Sub(i.tried) >= keysAgain {
 		done := i.ask()
-		if found == nil || now.Sub(i.answered) > keysLast {
+		if len(found) == 0 || now.Sub(i.answered) > keysLast {
 			i.mu.Unlock()
 			select {
 			case <-done:
@@ -205,7 +197,7 @@ func (i *trustedIssuer) find(ctx context.Context, kid string) ([]jwk, error) {
 			found = i.named(kid)
 		}
 	}
-	if i.keys == nil || time.Since(i.answered) > keysLast || found == nil && (i.fetching != nil || i.failed != nil) {
+	if i.keys == nil || time.Since(i.answered) > keysLast || len(found) == 0 && (i.fetching != nil || i.failed != nil) {
 		return nil, errUnavailable.because("The keys of the assertion's issuer can't be had now; try again.")
 	}
 	return found, nil
@@ -218,18 +210,13 @@ func (i *trustedIssuer) ask() chan struct{} {
 	return i.fetching
 }
 
-func (i *trustedIssuer) named(kid string) (keys []jwk) {
-	for _, k := range i.keys {
-		if kid == "" || k.Kid == kid {
-			keys = append(keys, k)
-		}
-	}
-	return keys
+func (i *trustedIssuer) named(kid string) []jwk {
+	return slices.DeleteFunc(slices.Clone(i.keys), func(k jwk) bool { return kid != "" && k.Kid != kid })
 }
 
 // fetch is nobody's request, so that none that is given up takes the keys from others.
 func (i *trustedIssuer) fetch() {
-	var set keySet
+	var set map[string]any
 	answer, err := i.client.Get(i.JWKSURI)
 	if err == nil {
 		if answer.StatusCode == http.StatusOK {
@@ -239,7 +226,7 @@ func (i *trustedIssuer) fetch() {
 		}
 		answer.Body.Close()
 	}
-	keys := set.usable()
+	keys := usable(set)
 	if err == nil && keys == nil {
 		err = errors.New("it has no key that can be used here, or more than 64")
 	}
@@ -261,8 +248,7 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 	if asGrant { // RFC 7523, section 3
 		audiences = append(audiences, s.cfg.issuer+"/api/v1/token")
 	}
-	// The access token of another AgentIdP is one of these.
-	types := []string{"JWT", "JOSE", "client-authentication+jwt", "at+jwt"}
+	types := []string{"JWT", "JOSE", "client-authentication+jwt", "at+jwt"} // the last of another AgentIdP
 	needed := []string{"sub"}
 	if trusted.SingleUse {
 		needed = append(needed, "jti")
@@ -283,10 +269,8 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 	if i, err := s.signedBy(r, a, keys); err != nil || i < 0 {
 		return o, cmp.Or(err, error(flaw("is not signed by a key of its issuer")))
 	}
-	if o, err = s.findWorkload(r, a, trusted.SingleUse); err == nil && o.refusal() != nil {
-		err = o.refusal()
-	} else if err == nil && trusted.SingleUse {
-		o, err = using(o, a)
+	if o, err = s.findWorkload(r, a); err == nil {
+		o, err = proved(o, a, trusted.SingleUse)
 	}
 	o.proved = facts{"issuer": a.issuer, "subject": a.sub, "jti": a.id} // of the assertion
 	return o, err
@@ -294,36 +278,31 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 
 // findWorkload finds the one agent with a credential that names this workload; the
 // client_id chooses where there are several.
-func (s *server) findWorkload(r *request, a assertion, once bool) (found client, err error) {
-	x, several := shown{clientID: r.form.Get("client_id"), issuer: a.issuer, subject: a.sub}, false
+func (s *server) findWorkload(r *request, a assertion) (found client, err error) {
+	none := flaw("is of a workload that no active credential names")
+	x := shown{clientID: r.form.Get("client_id"), issuer: a.issuer, subject: a.sub, use: a.useID()}
 	if x.clientID != "" && !isID(x.clientID) {
-		return found, flaw("is of a workload that no active credential names")
-	}
-	if once {
-		x.use = a.useID()
+		return found, none
 	}
 	clients, err := s.signers.put(r.Context(), x).wait()
+	if err != nil {
+		return found, err
+	}
 	for _, o := range clients {
 		for name, want := range o.claims {
 			if a.claims[name] != want {
 				o.AgentID = ""
 			}
 		}
-		switch isActive, hasActive := o.agentStatus == "active", found.agentStatus == "active"; {
-		case o.AgentID == "":
-		case isActive && hasActive && found.AgentID != o.AgentID:
-			several = true
-		case !hasActive || isActive && o.CredentialID > found.CredentialID: // one that lets in, and of these the newest
+		if o.AgentID != "" && o.agentStatus == "active" && found.agentStatus == "active" && o.AgentID != found.AgentID {
+			return client{}, errForm.because("Several agents are this workload; choose one by client_id.")
+		}
+		if o.AgentID != "" && found.agentStatus != "active" { // one that is lets in
 			found = o
 		}
 	}
-	switch {
-	case err != nil:
-		return client{}, err
-	case found.AgentID == "":
-		return client{}, flaw("is of a workload that no active credential names")
-	case several:
-		return client{}, errForm.because("Several agents are this workload; choose one by client_id.")
+	if found.AgentID == "" {
+		return found, none
 	}
 	return found, nil
 }
@@ -350,17 +329,13 @@ func (s *server) revokeWorkloads(r *request) (any, error) {
 		return pgx.CollectRows(rows, pgx.RowTo[string])
 	}
 	return nil, s.changeAll(r, whom, func(ctx context.Context, tx pgx.Tx, agents []string) (events []event, err error) {
-		managed := false
 		rows, _ := tx.Query(ctx, `
 			select `+agentColumns+`
 			from agents
 			where agent_id = any($1)`, agents)
 		concerned, err := pgx.CollectRows(rows, pgx.RowToStructByName[agent])
 		for _, a := range concerned {
-			if err == nil {
-				err = r.caller.mayGrant(a.Capabilities)
-			}
-			managed = managed || manages(a)
+			err = cmp.Or(err, r.caller.mayGrant(a.Capabilities))
 		}
 		if err != nil {
 			return nil, err
@@ -375,32 +350,18 @@ func (s *server) revokeWorkloads(r *request) (any, error) {
 		if err == nil && events == nil {
 			err = errNoCredential.because("No active credential is of this issuer.")
 		}
-		if err == nil && managed {
+		if err == nil && slices.ContainsFunc(concerned, manages) {
 			err = wantManager(ctx, tx)
 		}
+		if err == nil { // none is to be left whose event comes before that of the cut
+			err = execSQL(ctx, tx, "locking the chain", `select pg_advisory_xact_lock($1)`, chainLock)
+		}
 		if err == nil {
-			err = wantNone(ctx, tx, *issuer)
+			agents, err = whom(ctx, tx)
+		}
+		if err == nil && len(agents) > 0 {
+			err = errUnavailable.because("A workload of this issuer was given a credential meanwhile; try again.")
 		}
 		return events, err
 	})
-}
-
-// wantNone holds the lock of the chain, so that no credential of an issuer is left whose
-// event comes before that of the cut.
-func wantNone(ctx context.Context, tx pgx.Tx, issuer string) error {
-	if err := execSQL(ctx, tx, "locking the chain", `select pg_advisory_xact_lock($1)`, chainLock); err != nil {
-		return err
-	}
-	left := false
-	err := tx.QueryRow(ctx, `
-		select exists (
-			select from credentials
-			where workload ->> 'issuer' = $1 and status = 'active')`, issuer).Scan(&left)
-	if err != nil {
-		return fmt.Errorf("looking for workloads: %w", err)
-	}
-	if left {
-		return errUnavailable.because("A workload of this issuer was given a credential meanwhile; try again.")
-	}
-	return nil
 }
