@@ -601,7 +601,8 @@ func TestFullDiskIsNotReady(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	postgres := postgresFolder(t, "max_wal_size=64MB")
+	// PostgreSQL itself gives nothing back meanwhile: neither what a vacuum finds nor old segments of its log.
+	postgres := postgresFolder(t, "autovacuum=off", "wal_keep_size=1GB", "checkpoint_timeout=1h")
 	if err := os.Mkdir(postgres.data(), 0o700); err != nil {
 		t.Fatal(err)
 	}
@@ -616,12 +617,30 @@ func TestFullDiskIsNotReady(t *testing.T) {
 	}
 	postgres.start()
 	p := newProgram(t, postgres.url(), newRedisServer(t).url(), "METRICS_ADDR", metricsOn, "RATE_LIMIT_PER_MINUTE", "1000000")
-	filler := filepath.Join(postgres.data(), "filler")
-	troubled(t, p, true, []trouble{{"the disk is full", standsNot, true, func() {
-		if err := exec.Command("dd", "if=/dev/zero", "of="+filler, "bs=64k").Run(); err == nil {
+	filler, done := filepath.Join(postgres.data(), "filler"), make(chan struct{})
+	var filling sync.WaitGroup
+	fill := func() {
+		if err := exec.Command("dd", "if=/dev/zero", "of="+filler, "bs=8k", "oflag=append", "conv=notrunc").Run(); err == nil {
 			t.Error("the disk can't be filled")
 		}
-	}, func() { os.Remove(filler) }}})
+	}
+	troubled(t, p, true, []trouble{{"the disk is full", standsNot, true, func() {
+		fill()
+		filling.Go(func() { // what is given back all the same is taken at once
+			for {
+				select {
+				case <-done:
+					return
+				case <-time.After(20 * time.Millisecond):
+					fill()
+				}
+			}
+		})
+	}, func() {
+		close(done)
+		filling.Wait()
+		os.Remove(filler)
+	}}})
 	p.checkChain()
 }
 
