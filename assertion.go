@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -43,13 +44,10 @@ func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
 		keys = append(keys, o.key)
 	}
 	i, err := s.signedBy(r, a, keys)
-	if err != nil {
-		return o, err
+	if err != nil || i < 0 {
+		return o, cmp.Or(err, error(errBadAssertion))
 	}
-	if i < 0 {
-		return o, errBadAssertion
-	}
-	return proved(clients[i], a, true)
+	return accept(clients[i], a, true)
 }
 
 // signedBy returns which of these keys has signed it, or -1. An address has one
@@ -63,9 +61,9 @@ func (s *server) signedBy(r *request, a assertion, keys []jwk) (int, error) {
 	return slices.IndexFunc(keys, func(k jwk) bool { return k.verifies(a) }), nil
 }
 
-// proved is the client that has shown an assertion, unless it may do nothing, or that is
+// accept is the client that has shown an assertion, unless it may do nothing, or that is
 // good once and was used before.
-func proved(o client, a assertion, once bool) (client, error) {
+func accept(o client, a assertion, once bool) (client, error) {
 	switch {
 	case o.refusal() != nil:
 		return o, o.refusal()
@@ -105,17 +103,21 @@ func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, err
 			join agents a on a.agent_id = c.client_id
 			where c.client_id = nullif(shown.id, '')::uuid and c.kind = 'key' and (a.status = 'decommissioned' or
 					c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp()))
-				and (kid = '' or c.key_thumbprint = kid or c.public_key ->> 'kid' = kid)
+				and shown.kid in ('', c.key_thumbprint, c.public_key ->> 'kid')
 			order by c.credential_id desc
 			limit $6) as own
-		where issuer = ''
+		where shown.issuer = ''
 		union all
-		select shown.i, shown.used, `+clientColumns+`, '{}'::json, coalesce(c.workload -> 'claims', '{}')
+		select shown.i, shown.used, theirs.*
 		from shown
-		join credentials c on c.workload ->> 'subject' = shown.subject and c.workload ->> 'issuer' = shown.issuer
-		join agents a on a.agent_id = c.client_id
-		where issuer <> '' and shown.id in ('', c.client_id::text)
-			and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())
+		cross join lateral (
+			select `+clientColumns+`, '{}'::json, coalesce(c.workload -> 'claims', '{}')
+			from credentials c
+			join agents a on a.agent_id = c.client_id
+			where c.workload ->> 'subject' = shown.subject and c.workload ->> 'issuer' = shown.issuer and shown.id in ('', c.client_id::text)
+				and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())
+			offset 0) as theirs -- or all credentials would be read, to be joined
+		where shown.issuer <> ''
 		order by i, credential_id desc`,
 		ids, kids, issuers, subjects, uses, maxKeysTried)
 	var o client

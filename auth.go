@@ -195,8 +195,8 @@ func (s *server) tradesAssertion(r *request) bool {
 }
 
 // authenticateByAssertion takes an assertion in place of a secret. Whatever is wrong
-// with it counts as a failure of its address; one that is right never waits for
-// others of that.
+// with it counts as a failure of its address; one that is right is not refused for
+// others of that, however many.
 func (s *server) authenticateByAssertion(r *request) error {
 	text, kind, name := r.form.Get("client_assertion"), r.form.Get("client_assertion_type"), "client_assertion"
 	asGrant, bad := s.tradesAssertion(r), errBadAssertion

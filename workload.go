@@ -50,9 +50,8 @@ func (s *server) readWorkload(value any) (w workload, err error) {
 	claims, hasClaims := members["claims"].(map[string]any)
 	w.Issuer, _ = members["issuer"].(string)
 	w.Subject, _ = members["subject"].(string)
-	known := 2
 	if hasClaims {
-		known, w.Claims = 3, map[string]string{}
+		w.Claims = map[string]string{}
 	}
 	for name, value := range claims {
 		text, ok := value.(string)
@@ -60,7 +59,7 @@ func (s *server) readWorkload(value any) (w workload, err error) {
 			return w, errors.New("must have up to 16 claims, each a text without control characters")
 		}
 	}
-	if w.Subject == "" || len(w.Subject) > 512 || len(members) != known || strings.ContainsFunc(w.Subject, unicode.IsControl) {
+	if w.Subject == "" || len(w.Subject) > 512 || len(members) > 2 && !hasClaims || len(members) > 3 || strings.ContainsFunc(w.Subject, unicode.IsControl) {
 		return w, errors.New("must have an issuer, a subject of at most 512 characters, and claims or none, like {\"issuer\":\"https://...\",\"subject\":\"...\"}")
 	}
 	if (*s.issuers.Load())[w.Issuer] == nil {
@@ -133,8 +132,7 @@ func usable(set map[string]any) (keys []jwk) {
 func (s *server) trust(cfg workloadConfig) {
 	before := *s.issuers.Load()
 	for name, i := range cfg.issuers {
-		old := before[name]
-		if i.JWKSURI != "" && old != nil && old.JWKSURI == i.JWKSURI && old.SingleUse == i.SingleUse && old.AllowPrivate == i.AllowPrivate {
+		if old := before[name]; old != nil && i.JWKSURI != "" && old.JWKSURI == i.JWKSURI && old.SingleUse == i.SingleUse && old.AllowPrivate == i.AllowPrivate {
 			cfg.issuers[name] = old
 		} else if i.JWKSURI != "" {
 			i.ask()
@@ -270,7 +268,7 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 		return o, cmp.Or(err, error(flaw("is not signed by a key of its issuer")))
 	}
 	if o, err = s.findWorkload(r, a); err == nil {
-		o, err = proved(o, a, trusted.SingleUse)
+		o, err = accept(o, a, trusted.SingleUse)
 	}
 	o.proved = facts{"issuer": a.issuer, "subject": a.sub, "jti": a.id} // of the assertion
 	return o, err
