@@ -33,7 +33,7 @@ type agent struct {
 }
 
 const agentColumns = `agent_id, email, agent_type, version, capabilities, owner, deployment_env,
-	resources, rate_limit, monthly_token_limit, token_ttl, status, created_at, updated_at`
+	resources, delegates, rate_limit, monthly_token_limit, token_ttl, status, created_at, updated_at`
 
 // An agentChange changes what is there and leaves the rest.
 type agentChange struct {
@@ -45,6 +45,7 @@ type agentChange struct {
 	Status        *string   `json:"status,omitempty"`
 
 	Resources         *[]string `json:"resources,omitempty"`
+	Delegates         *[]string `json:"delegates,omitempty"`
 	RateLimit         *ownLimit `json:"rateLimit,omitempty"`
 	MonthlyTokenLimit *ownLimit `json:"monthlyTokenLimit,omitempty"`
 	TokenTTL          *ownLimit `json:"tokenTtl,omitempty"`
@@ -52,7 +53,7 @@ type agentChange struct {
 
 // allows tells whether it changes the allowance.
 func (q agentChange) allows() bool {
-	return q.Resources != nil || q.RateLimit != nil || q.MonthlyTokenLimit != nil || q.TokenTTL != nil
+	return q.Resources != nil || q.Delegates != nil || q.RateLimit != nil || q.MonthlyTokenLimit != nil || q.TokenTTL != nil
 }
 
 // An ownLimit is what an agent gets in place of the deployment's; notOwn takes it
@@ -90,6 +91,7 @@ func readAgentChange(in *inputs) agentChange {
 		DeploymentEnv: take(in, "deploymentEnv", oneOf(environments)),
 
 		Resources:         take(in, "resources", readResources),
+		Delegates:         take(in, "delegates", readDelegates),
 		RateLimit:         take(in, "rateLimit", readOwnLimit(0, 1e6)),
 		MonthlyTokenLimit: take(in, "monthlyTokenLimit", readOwnLimit(0, 1e9)),
 		TokenTTL:          take(in, "tokenTtl", readOwnLimit(1, int(maxTokenTTL/time.Second))),
@@ -156,6 +158,7 @@ func readCapabilities(value any) (list []string, err error) {
 const (
 	maxResources     = 16
 	maxResourceBytes = 2048 // together, as JSON has them
+	maxDelegates     = 64
 )
 
 // isResource tells whether s is an absolute URI without a fragment, in characters
@@ -175,6 +178,19 @@ func readResources(value any) (list []string, err error) {
 	}
 	if !ok || len(list) > maxResources || len(strings.Join(list, "")) > maxResourceBytes {
 		return nil, fmt.Errorf("must be a list of up to %d absolute URIs without a fragment, of %d characters together, each once; none is any", maxResources, maxResourceBytes)
+	}
+	return append([]string{}, list...), nil
+}
+
+func readDelegates(value any) (list []string, err error) {
+	values, ok := value.([]any)
+	for _, value := range values {
+		id, _ := value.(string)
+		ok = ok && isID(id) && !slices.Contains(list, id)
+		list = append(list, id)
+	}
+	if !ok || len(list) > maxDelegates {
+		return nil, fmt.Errorf("must be a list of up to %d agentIds, UUIDs in lower case, each once; none is nobody", maxDelegates)
 	}
 	return append([]string{}, list...), nil
 }
@@ -285,7 +301,7 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 			err = r.caller.mayGrant(*q.Capabilities)
 		}
 		if err == nil && q.allows() && id == r.caller.AgentID {
-			err = errForbidden.because("An agent can't change its own resources and limits; another with agents:write can.")
+			err = errForbidden.because("An agent can't change its own resources, delegates and limits; another with agents:write can.")
 		}
 		if err == nil && old.Status == "decommissioned" {
 			err = errDecommissioned
@@ -300,11 +316,12 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 				deployment_env = coalesce($6, deployment_env), status = coalesce($7, status),
 				resources = coalesce($8, resources), rate_limit = nullif(coalesce($9, rate_limit), -1),
 				monthly_token_limit = nullif(coalesce($10, monthly_token_limit), -1), token_ttl = nullif(coalesce($11, token_ttl), -1),
+				delegates = coalesce($12, delegates),
 				updated_at = date_trunc('milliseconds', clock_timestamp())
 			where agent_id = $1
 			returning `+agentColumns,
 			id, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv, q.Status,
-			q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL)
+			q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL, q.Delegates)
 		if err != nil {
 			return event{}, err
 		}
@@ -379,12 +396,13 @@ func (s *server) checkAgentLimit(ctx context.Context, tx pgx.Tx) error {
 func insertAgent(ctx context.Context, db querier, id string, q registration) (agent, error) {
 	return one[agent](ctx, db, errAgentExists, "registering agent", `
 		insert into agents (agent_id, email, agent_type, version, capabilities, owner, deployment_env,
-			resources, rate_limit, monthly_token_limit, token_ttl)
-		values ($1, $2, $3, $4, $5, $6, $7, coalesce($8, '{}'::text[]), nullif($9, -1), nullif($10, -1), nullif($11, -1))
+			resources, rate_limit, monthly_token_limit, token_ttl, delegates)
+		values ($1, $2, $3, $4, $5, $6, $7, coalesce($8, '{}'::text[]), nullif($9, -1), nullif($10, -1), nullif($11, -1),
+			coalesce($12, '{}'::text[]))
 		on conflict (lower(email)) do nothing
 		returning `+agentColumns,
 		id, q.Email, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv,
-		q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL)
+		q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL, q.Delegates)
 }
 
 // loadAgent fails with errNoAgent for what is no id at all, too.

@@ -71,7 +71,7 @@ func (s *server) changeAll(r *request, whom func(context.Context, pgx.Tx) ([]str
 		if err == nil && (events != nil || r.caller.use.id != "") {
 			head, err = appendEvents(ctx, tx, entries, false)
 		}
-		if err == nil && entries[0].replayed() {
+		if err == nil && entries[0].found.replayed {
 			err = r.caller.use.again
 		}
 		return err
@@ -84,30 +84,33 @@ func (s *server) changeAll(r *request, whom func(context.Context, pgx.Tx) ([]str
 
 // record hands an event over, and returns the function that waits until it is
 // stored. What it is about must not be done before that, or be undone where
-// that fails. Takes are who must be alive then: the caller, or the event is left
-// out and that is the error; and the token asked about, of which it is the answer.
-// With that the assertion that the caller showed is used up.
-func (s *server) record(r *request, e event, takes ...origin) func() (lives []life, err error) {
-	x := entry{event: e.by(r), takes: takes}
-	if len(takes) > 0 {
+// that fails. What it needs must be alive then, the caller and what else it came from, or
+// the event is left out and that is the error; and asks are of the token asked about, of
+// which it is the answer. With that the assertion that the caller showed is used up.
+func (s *server) record(r *request, e event, needs, asks []origin) func() (found, error) {
+	x := entry{event: e.by(r), needs: needs, asks: asks}
+	if len(needs) > 0 {
 		x.use = r.caller.use
 	}
 	stored := s.recorder.put(r.Context(), x)
-	return func() (lives []life, err error) {
-		switch lives, err = stored.wait(); {
-		case err != nil || len(lives) == 0:
-		case lives[0].replayed:
+	return func() (found, error) {
+		f, err := stored.wait()
+		switch {
+		case err != nil:
+		case f.replayed:
 			err = r.caller.use.again
-		case !lives[0].alive:
+		case f.dead == 1:
 			err = r.caller.ended()
+		case f.dead > 1:
+			err = errForm.because("The subject_token or the actor_token has ended, or what it came from.")
 		}
-		return lives, err
+		return f, err
 	}
 }
 
 // storeEvents stores the events of concurrent requests in one transaction.
-// It tells of each who is alive of those that it takes.
-func (s *server) storeEvents(ctx context.Context, entries []entry) ([][]life, error) {
+// It tells of each what was found.
+func (s *server) storeEvents(ctx context.Context, entries []entry) ([]found, error) {
 	begun, head := time.Now(), int64(0)
 	conn, err := s.inner.Acquire(ctx)
 	if err == nil {
@@ -118,18 +121,18 @@ func (s *server) storeEvents(ctx context.Context, entries []entry) ([][]life, er
 	s.meter.head.Store(max(head, s.meter.head.Load()))
 	s.meter.add(float64(len(entries)), "agentidp_audit_batch_events", "")
 	s.meter.add(time.Since(begun).Seconds(), "agentidp_audit_commit_duration_seconds", "")
-	lives := make([][]life, len(entries))
+	list := make([]found, len(entries))
 	for i, x := range entries {
-		lives[i] = x.lives
+		list[i] = x.found
 	}
-	return lives, err
+	return list, err
 }
 
 // refused records what was refused, and returns why it was. A denial is
 // recorded outside of the change's transaction, or the rollback takes it back.
 func (s *server) refused(r *request, e event, why error) error {
 	e.Outcome = "failure"
-	if _, err := s.record(r, e)(); err != nil {
+	if _, err := s.record(r, e, nil, nil)(); err != nil {
 		return err
 	}
 	return why

@@ -81,7 +81,7 @@ func (s *server) identify(r *request) error {
 		return errInvalidToken.because("This is a client_secret, and no token; trade it for one at POST /api/v1/token.")
 	}
 	c, err := s.keys.Load().verify(strings.TrimLeft(token, " "), s.cfg.issuer)
-	if err == nil && !slices.Contains(c.Audience, s.cfg.issuer) {
+	if err == nil && (!slices.Contains(c.Audience, s.cfg.issuer) || c.Chain != nil) {
 		err = fmt.Errorf("a token for %s; ask for one without resource, or for %s too", clip(strings.Join(c.Audience, " ")), s.cfg.issuer)
 	}
 	if err == nil {

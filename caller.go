@@ -45,6 +45,7 @@ type use struct {
 // An allowance is what an agent can't change of itself.
 type allowance struct {
 	Resources         []string `json:"resources"`         // where its tokens may go; none is anywhere
+	Delegates         []string `json:"delegates"`         // who may act for it
 	RateLimit         *int     `json:"rateLimit"`         // requests a minute; as of all these null is what the deployment has
 	MonthlyTokenLimit *int     `json:"monthlyTokenLimit"` // tokens
 	TokenTTL          *int     `json:"tokenTtl"`          // seconds
@@ -141,11 +142,11 @@ func (s *server) checkAlive(ctx context.Context, c *caller) error {
 }
 
 // A life is whether an origin is alive, of what kind its credential is, and its agent's
-// own rate limit; or that the assertion shown was used before.
+// own rate limit.
 type life struct {
-	alive, replayed bool
-	kind            string
-	rateLimit       *int
+	alive     bool
+	kind      string
+	rateLimit *int
 }
 
 // ended is what who was cut off is told.

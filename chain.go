@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -127,38 +128,42 @@ func (e *event) sum() digest {
 	return sum[:]
 }
 
-// An entry is an event, which without an action is none, and whom it takes to be alive
-// when it is stored: who asks, or it is left out, and for an introspection the token that
-// is asked about. It is left out too where the assertion by which it was asked was used
-// before.
+// An entry is an event, which without an action is none, and what is to be found out when
+// it is stored. Where one of what it needs is not alive, who asks the first, it is left out;
+// and where the assertion by which it was asked was used before.
 type entry struct {
 	event
-	takes []origin
+	needs []origin
+	asks  []origin // what the token came from that an introspection is about
 	use   use
-	lives []life // of what it takes, which appendEvents finds out
+	found found
 }
 
-func (x entry) leftOut() bool  { return x.Action == "" || len(x.lives) > 0 && !x.lives[0].alive }
-func (x entry) replayed() bool { return len(x.lives) > 0 && x.lives[0].replayed }
+type found struct {
+	replayed bool
+	dead     int  // which of what it needs is not alive, counted from 1; 0 is none
+	active   bool // whether all is that it asks about
+}
+
+func (x entry) leftOut() bool { return x.Action == "" || x.found.replayed || x.found.dead > 0 }
 
 // ask puts into a batch what has to be known of entries, and returns what tells it them.
 func ask(b *pgx.Batch, entries []entry) (tell func()) {
-	var takes []origin
+	var of []origin
 	var uses []use
 	for _, x := range entries {
-		takes = append(takes, x.takes...)
+		of = append(append(of, x.needs...), x.asks...)
 		if x.use.id != "" {
 			uses = append(uses, x.use)
 		}
 	}
-	lives, first := askAlive(b, takes), askFirst(b, uses)
+	lives, first := askAlive(b, of), askFirst(b, uses)
 	return func() {
+		isDead := func(l life) bool { return !l.alive }
 		for i := range entries {
-			x, n := &entries[i], len(entries[i].takes)
-			x.lives, lives = lives[:n:n], lives[n:]
-			if x.use.id != "" && !first[x.use.id] {
-				x.lives = []life{{replayed: true}}
-			}
+			x, n, all := &entries[i], len(entries[i].needs), len(entries[i].needs)+len(entries[i].asks)
+			x.found = found{x.use.id != "" && !first[x.use.id], 1 + slices.IndexFunc(lives[:n], isDead), !slices.ContainsFunc(lives[n:all], isDead)}
+			lives = lives[all:]
 			delete(first, x.use.id) // of two that come together only one is
 		}
 	}
@@ -193,7 +198,7 @@ func appendEvents(ctx context.Context, tx querier, entries []entry, whole bool) 
 			continue
 		}
 		e := x.event
-		if len(x.lives) > 1 && !x.lives[1].alive {
+		if len(x.asks) > 0 && !x.found.active {
 			e.facts["active"] = false
 			e.Metadata = e.facts.encode()
 		}

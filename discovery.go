@@ -16,7 +16,7 @@ func (s *server) showKeys(r *request) (any, error) {
 func (s *server) showMetadata(r *request) (any, error) {
 	r.out.Set("Cache-Control", "public, max-age=300")
 	issuer, methods := s.cfg.issuer, []string{"client_secret_basic", "client_secret_post", "private_key_jwt"}
-	grants := []string{"client_credentials"}
+	grants := []string{"client_credentials", exchangeGrant}
 	if len(*s.issuers.Load()) > 0 {
 		grants = append(grants, jwtBearerGrant)
 	}

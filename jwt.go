@@ -48,27 +48,40 @@ var (
 // is the order on the wire, and nothing else is accepted there.
 type claims struct {
 	Issuer       string   `json:"iss"`
-	Subject      string   `json:"sub"` // the agent, as client_id
+	Subject      string   `json:"sub"` // the agent that it acts for, mostly itself
 	Audience     audience `json:"aud"`
-	ClientID     string   `json:"client_id"`
-	Scope        string   `json:"scope"` // separated by single spaces
+	ClientID     string   `json:"client_id"` // the agent that it was issued to
+	Scope        string   `json:"scope"`     // separated by single spaces
 	ID           string   `json:"jti"`
 	IssuedAt     int64    `json:"iat"` // seconds since 1970
 	Expires      int64    `json:"exp"` // seconds since 1970; refused from then on
 	CredentialID string   `json:"credential_id"`
-	SecretID     string   `json:"secret_id"` // changes when the credential is rotated
+	SecretID     string   `json:"secret_id"`       // changes when the credential is rotated
+	Actor        *actor   `json:"act,omitempty"`   // of one that came by exchange: its client, and who acted before
+	Chain        []origin `json:"chain,omitempty"` // and the tokens that it came from, the first one first
+}
+
+// An actor is who acts for the subject, and behind it who did before (RFC 8693,
+// section 4.1).
+type actor struct {
+	Subject string `json:"sub"`
+	Before  *actor `json:"act,omitempty"`
 }
 
 // An origin is what a token came from, or a client that proved itself. A token
 // is alive while all of that is: nothing else has to be kept, copied or waited
 // for when an agent or a credential is cut off.
 type origin struct {
-	AgentID, CredentialID string
-	SecretID              string // changes when the credential is rotated
-	TokenID               string // its jti; of a client ""
+	AgentID      string `json:"client_id"`
+	CredentialID string `json:"credential_id"`
+	SecretID     string `json:"secret_id"`     // changes when the credential is rotated
+	TokenID      string `json:"jti,omitempty"` // of a client ""
 }
 
-func (c claims) origin() origin { return origin{c.Subject, c.CredentialID, c.SecretID, c.ID} }
+func (c claims) origin() origin { return origin{c.ClientID, c.CredentialID, c.SecretID, c.ID} }
+
+// origins are all that it came from, itself first.
+func (c claims) origins() []origin { return append([]origin{c.origin()}, c.Chain...) }
 
 // validAt tells the holder why a token isn't valid at this time, or nil.
 func (c claims) validAt(now time.Time) error {
@@ -185,7 +198,7 @@ func (k *keyset) verify(token, issuer string) (claims, error) {
 	c, known := k.opened.get(key)
 	if !known {
 		err := k.open(accessToken, token, &c)
-		if err != nil || !isID(c.Subject) || !isID(c.ID) || !isID(c.CredentialID) || !isID(c.SecretID) {
+		if err != nil || !isID(c.Subject) || !isID(c.ClientID) || !isID(c.ID) || !isID(c.CredentialID) || !isID(c.SecretID) {
 			return claims{}, errBadToken
 		}
 		if len(token) <= maxMemoBytes {

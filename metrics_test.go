@@ -89,7 +89,7 @@ func TestPgxTellsTheMeter(t *testing.T) {
 
 // At a bound, a value is within it, as Prometheus has it ("le").
 func TestHistogramBounds(t *testing.T) {
-	s := &server{meter: newMeter(), recorder: &queue[entry, []life]{}, redis: &cache{}}
+	s := &server{meter: newMeter(), recorder: &queue[entry, found]{}, redis: &cache{}}
 	s.clock.Store(&reading{time.Now(), time.Now()})
 	for _, v := range []float64{.5, .5, .75, 11, 0} {
 		s.meter.add(v, "agentidp_audit_commit_duration_seconds", "")
@@ -147,7 +147,7 @@ func BenchmarkMeterOfAQuery(b *testing.B) {
 
 // A scrape of a copy all of whose routes were called.
 func BenchmarkScrape(b *testing.B) {
-	s := &server{meter: newMeter(), recorder: &queue[entry, []life]{}, redis: &cache{}}
+	s := &server{meter: newMeter(), recorder: &queue[entry, found]{}, redis: &cache{}}
 	s.clock.Store(&reading{time.Now(), time.Now()})
 	for _, rt := range s.routes() {
 		s.meter.add(.01, "agentidp_http_request_duration_seconds", `route="`+rt.pattern+`"`)

@@ -74,6 +74,10 @@ begin
             add column monthly_token_limit int check (monthly_token_limit >= 0),
             add column token_ttl int check (token_ttl > 0); -- seconds
     end if;
+    -- Since version 5: who may act for it by token exchange.
+    if not exists (select from pg_attribute where attrelid = 'agents'::regclass and attname = 'delegates') then
+        alter table agents add column delegates text[] not null default '{}';
+    end if;
 end $$;
 create unique index if not exists agents_email on agents (lower(email));
 create index if not exists agents_owner on agents (owner, agent_id);

@@ -13,9 +13,27 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
+const accessTokenType = "urn:ietf:params:oauth:token-type:access_token" // RFC 8693, section 3
+
+// A grant is what a token is to carry.
+type grant struct {
+	scope    string
+	audience audience
+	subject  string   // whom it acts for
+	actor    *actor   // of one that acts for another, as all that follows
+	chain    []origin // the tokens that it comes from
+	needs    []origin // what else must be alive
+	end      int64    // seconds since 1970, which it must not outlive; 0 is none
+}
+
 // issueToken is the client credentials grant (RFC 6749, section 4.4).
 func (s *server) issueToken(r *request) (any, error) {
-	scope, audience, bad := s.checkGrant(r)
+	g, bad := s.checkGrant(r)
+	return s.issue(r, g, bad)
+}
+
+// issue counts a request for a token, and issues it unless that is bad.
+func (s *server) issue(r *request, g grant, bad error) (any, error) {
 	now := s.now()
 	month := monthKey(r.caller.AgentID, now)
 	if bad != nil || s.quotaOf(r.caller) == 0 {
@@ -35,19 +53,25 @@ func (s *server) issueToken(r *request) (any, error) {
 	if end := r.caller.expiresAt; end != nil { // no token outlives its credential
 		expires = min(expires, end.Unix())
 	}
-	c := claims{
-		Issuer: s.cfg.issuer, Subject: r.caller.AgentID, Audience: audience, ClientID: r.caller.AgentID, Scope: scope,
-		ID: s.newID(), IssuedAt: now.Unix(), Expires: expires,
-		CredentialID: r.caller.CredentialID, SecretID: r.caller.SecretID,
+	if g.end != 0 {
+		expires = min(expires, g.end)
 	}
-	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": scope, "exp": expires}
+	c := claims{
+		Issuer: s.cfg.issuer, Subject: g.subject, Audience: g.audience, ClientID: r.caller.AgentID, Scope: g.scope,
+		ID: s.newID(), IssuedAt: now.Unix(), Expires: expires,
+		CredentialID: r.caller.CredentialID, SecretID: r.caller.SecretID, Actor: g.actor, Chain: g.chain,
+	}
+	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": g.scope, "exp": expires}
 	if r.caller.proved != nil {
 		f["workload"] = r.caller.proved
 	}
-	if audience[0] != s.cfg.issuer || len(audience) > 1 {
-		f["aud"] = audience
+	if g.audience[0] != s.cfg.issuer || len(g.audience) > 1 {
+		f["aud"] = g.audience
 	}
-	stored := s.record(r, newEvent(tokenIssued, c.Subject, f), r.caller.origin) // goes on while we sign
+	if g.actor != nil {
+		f["subject"], f["act"], f["chain"] = g.subject, g.actor, g.chain
+	}
+	stored := s.record(r, newEvent(tokenIssued, c.ClientID, f), append([]origin{r.caller.origin}, g.needs...), nil) // goes on while we sign
 	token, err := s.keys.Load().sign(accessToken, c)
 	if _, storeErr := stored(); storeErr != nil || err != nil {
 		if counted {
@@ -56,33 +80,39 @@ func (s *server) issueToken(r *request) (any, error) {
 		return nil, errors.Join(storeErr, err)
 	}
 	s.meter.add(1, "agentidp_tokens_issued_total", "")
-	return struct {
+	answer := struct {
 		AccessToken string `json:"access_token"`
+		IssuedType  string `json:"issued_token_type,omitempty"`
 		TokenType   string `json:"token_type"`
 		ExpiresIn   int64  `json:"expires_in"` // seconds
 		Scope       string `json:"scope"`
-	}{token, "Bearer", expires - now.Unix(), scope}, nil
+	}{token, "", "Bearer", expires - now.Unix(), g.scope}
+	if g.actor != nil {
+		answer.IssuedType = accessTokenType
+	}
+	return answer, nil
 }
 
 // checkGrant decides what the token is to carry.
-func (s *server) checkGrant(r *request) (scope string, aud audience, err error) {
+func (s *server) checkGrant(r *request) (g grant, err error) {
 	switch grant := r.form.Get("grant_type"); {
 	case grant == "client_credentials", s.tradesAssertion(r):
 	case grant == "":
-		return "", nil, errForm.because("The body lacks grant_type=client_credentials.")
+		return g, errForm.because("The body lacks grant_type=client_credentials.")
 	default:
-		return "", nil, errGrantType.because("The grant_type must be client_credentials; it was '" + clip(r.form.Get("grant_type")) + "'.")
+		return g, errGrantType.because("The grant_type must be client_credentials; it was '" + clip(r.form.Get("grant_type")) + "'.")
 	}
 	for name, right := range map[string]string{"audience": "resource (RFC 8707)", "aud": "resource (RFC 8707)", "resources": "resource", "scopes": "scope"} {
 		if r.form.Get(name) != "" { // others are ignored (RFC 6749, section 3.2), but these would silently get more than was asked for
-			return "", nil, errForm.because("There is no parameter " + name + "; it is called " + right + ".")
+			return g, errForm.because("There is no parameter " + name + "; it is called " + right + ".")
 		}
 	}
-	if scope, err = grantScope(r.form.Get("scope"), r.caller.scopes); err != nil {
-		return "", nil, err
+	g.subject = r.caller.AgentID
+	if g.scope, err = grantScope(r.form.Get("scope"), r.caller.scopes); err != nil {
+		return g, err
 	}
-	aud, err = grantAudience(r.form["resource"], s.cfg.issuer, r.caller.Resources)
-	return scope, aud, err
+	g.audience, err = grantAudience(r.form["resource"], s.cfg.issuer, r.caller.Resources)
+	return g, err
 }
 
 // scopePattern is the grammar of RFC 6749, section 3.3.
@@ -100,9 +130,7 @@ func grantScope(asked string, capabilities []string) (string, error) {
 	var granted []string
 	size := 0
 	for _, scope := range strings.Split(asked, " ") {
-		resource, _, _ := strings.Cut(scope, ":")
-		if !slices.Contains(granted, scope) && (slices.Contains(capabilities, scope) ||
-			slices.Contains(capabilities, resource+":*") && capabilityPattern.MatchString(scope)) {
+		if !slices.Contains(granted, scope) && covers(capabilities, scope) {
 			granted = append(granted, scope)
 			size += len(" ") + len(scope)
 		}
@@ -114,6 +142,12 @@ func grantScope(asked string, capabilities []string) (string, error) {
 		return "", errScope.because("Of '" + clip(asked) + "' none is among the agent's capabilities: " + clip(strings.Join(capabilities, " ")) + ". Scopes are separated by spaces.")
 	}
 	return strings.Join(granted, " "), nil
+}
+
+// covers tells whether these capabilities have a scope, or all of its resource.
+func covers(capabilities []string, scope string) bool {
+	resource, _, _ := strings.Cut(scope, ":")
+	return slices.Contains(capabilities, scope) || slices.Contains(capabilities, resource+":*") && capabilityPattern.MatchString(scope)
 }
 
 // grantAudience is the resources asked for (RFC 8707, section 2), else us; and of
@@ -151,15 +185,16 @@ func grantAudience(resources []string, issuer string, allowed []string) (audienc
 // the same.
 func (s *server) introspectToken(r *request) (any, error) {
 	c, err := s.keys.Load().verify(r.form.Get("token"), s.cfg.issuer)
-	f, takes := facts{"active": false}, []origin{r.caller.origin}
-	if err == nil && c.validAt(s.now()) == nil {
-		f["active"], f["jti"], takes = true, c.ID, append(takes, c.origin())
+	f, isValid := facts{"active": false}, err == nil && c.validAt(s.now()) == nil
+	var asks []origin
+	if isValid {
+		f["active"], f["jti"], asks = true, c.ID, c.origins()
 	}
-	lives, err := s.record(r, newEvent(tokenIntrospected, c.Subject, f), takes...)()
+	found, err := s.record(r, newEvent(tokenIntrospected, c.ClientID, f), []origin{r.caller.origin}, asks)()
 	if err != nil {
 		return nil, err
 	}
-	if len(lives) < 2 || !lives[1].alive {
+	if !isValid || !found.active {
 		return map[string]bool{"active": false}, nil
 	}
 	return struct {
@@ -178,13 +213,13 @@ func (s *server) revokeToken(r *request) (any, error) {
 		return struct{}{}, nil
 	}
 	if err != nil { // nothing happens, and the assertion is used
-		_, err := s.record(r, event{facts: facts{}}, r.caller.origin)()
+		_, err := s.record(r, event{facts: facts{}}, []origin{r.caller.origin}, nil)()
 		return struct{}{}, err
 	}
 	useless := time.Unix(c.Expires, 0).Add(24 * time.Hour)
-	e := newEvent(tokenRevoked, c.Subject, facts{"jti": c.ID})
+	e := newEvent(tokenRevoked, c.ClientID, facts{"jti": c.ID})
 	notYours := errForm.because("This token was issued to another client; to revoke it takes the scope agents:write.")
-	err = s.change(r, c.Subject, func(ctx context.Context, tx pgx.Tx) (event, error) {
+	err = s.change(r, c.ClientID, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		may := r.caller
 		if may.TokenID == "" { // a client may what its agent may now
 			a, err := loadAgent(ctx, tx, may.AgentID)
@@ -193,7 +228,7 @@ func (s *server) revokeToken(r *request) (any, error) {
 			}
 			may.scopes = a.Capabilities
 		}
-		if c.Subject != may.AgentID && !may.has(agentsWrite) {
+		if c.ClientID != may.AgentID && !may.has(agentsWrite) {
 			return event{}, notYours
 		}
 		done, err := tx.Exec(ctx, `

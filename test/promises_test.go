@@ -73,7 +73,7 @@ func TestSourceCanBeReadInADay(t *testing.T) {
 // rooms are the files in the order of who may name what others declare: each
 // only what stands below it. What everybody hangs on is nobody's room.
 var rooms = strings.Fields(`
-	main.go config.go discovery.go keeper.go token.go auth.go credential.go workload.go assertion.go agent.go audit.go chain.go
+	main.go config.go discovery.go keeper.go exchange.go token.go auth.go credential.go workload.go assertion.go agent.go audit.go chain.go
 	input.go http.go caller.go ratelimit.go metrics.go jwk.go jwt.go store.go errors.go`)
 
 // passages are names that go against that order, and why.
