@@ -149,6 +149,9 @@ func TestWorkloadsAreNobodyElse(t *testing.T) {
 		"aud with a slash":     {base.with(members{"aud": "http://idp.test/"}), true},
 		"no jti":               {base.without("jti"), true},
 		"cnf null":             {base.with(members{"cnf": nil}), true},
+		"act null":             {base.with(members{"act": nil}), true},
+		"of an actor":          {base.with(members{"act": members{"sub": "another"}}), false},
+		"of an empty actor":    {base.with(members{"act": members{}}), false},
 		"bound to a key":       {base.with(members{"cnf": members{"jkt": thumbprint(h.jwk)}}), false},
 		"no iat and nbf":       {base.without("iat").without("nbf"), true},
 		"exp in 24 hours":      {base.with(members{"exp": now + 24*3600}), true},
@@ -234,6 +237,12 @@ func TestWorkloadsAreNobodyElse(t *testing.T) {
 	v.want(v.bind(id, other.env["ISSUER"], other.id, members{"client_id": other.id}), 201, "")
 	v.wantBoth("theirs", other.want(other.form(other.id, other.secret, "", "grant_type=client_credentials&resource=http://idp.test"), 200, "").text("access_token"), true)
 	v.wantBoth("theirs for two", other.want(other.form(other.id, other.secret, "", "grant_type=client_credentials&resource=http://idp.test&resource=https://b.example"), 200, "").text("access_token"), false)
+	delegate := other.newParty("a:b") // which acts for who is bound here, and is somebody else
+	subject := other.newParty("a:b")
+	v.want(v.bind(id, other.env["ISSUER"], subject.id, nil), 201, "")
+	other.delegate(subject, delegate)
+	v.wantBoth("theirs by exchange", other.exchanged(delegate, other.tokenFor(subject, ""), "resource", "http://idp.test"), false)
+	v.wantBoth("theirs without exchange", other.tokenFor(subject, "resource=http://idp.test"), true)
 
 	// A JWT-SVID has no issuer, but a trust domain.
 	const svid = "spiffe://a.example/ns/hiring/sa/screener"
