@@ -155,7 +155,11 @@ func exchangeScope(asked string, subject, worker []string) (string, error) {
 		return "", errScope.because("The subject_token and the worker's capabilities have nothing in common that can be handed on.")
 	}
 	slices.Sort(granted)
-	return strings.Join(slices.Compact(granted), " "), nil
+	scope := strings.Join(slices.Compact(granted), " ")
+	if len(scope) > maxScope {
+		return "", errScope.because("The scopes are too long together; ask for fewer, or for resource:*.")
+	}
+	return scope, nil
 }
 
 // exchangeAudience is what was asked for, or where the subject's token may go; but

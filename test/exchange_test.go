@@ -159,6 +159,17 @@ func TestExchangeRefusals(t *testing.T) {
 	v.want(v.allow(bound.id, "resources", `["`+us+`","`+store+`"]`), 200, "")
 	v.want(v.allow(boundWorker.id, "resources", `["`+us+`","`+store+`"]`), 200, "")
 
+	// Each has a wildcard where the other has many names.
+	many := func(resource string) (list []string) {
+		for i := range 24 {
+			list = append(list, fmt.Sprintf("%s:%090d", resource, i))
+		}
+		return list
+	}
+	wider, wide := v.newParty(append(many("f"), "g:*")...), v.newParty(append(many("g"), "f:*")...)
+	v.delegate(wider, wide)
+	long := strings.Join(slices.Concat(many("f"), many("g")), " ")
+
 	short := v.newParty("a:b")
 	v.delegate(short, b)
 	v.want(v.allow(short.id, "tokenTtl", "1"), 200, "")
@@ -227,6 +238,8 @@ func TestExchangeRefusals(t *testing.T) {
 		{"a space behind", b, token, []string{"resource", work, "scope", "a:b "}, "invalid_scope", "", ""},
 		{"a tab", b, token, []string{"resource", work, "scope", "a:b\ta:c"}, "invalid_scope", "", ""},
 		{"a wildcard's quote", b, token, []string{"resource", work, "scope", `w:x"`}, "invalid_scope", "", ""},
+		{"more than a token holds", wide, v.tokenFor(wider, ""), []string{"resource", work, "scope", long}, "invalid_scope", "too long", ""},
+		{"more than a token holds, by default", wide, v.tokenFor(wider, ""), []string{"resource", work}, "invalid_scope", "too long", ""},
 		{"only ours, by default", b, v.tokenFor(a, "scope="+url.QueryEscape(strings.Join(ourScopes, " "))), []string{"resource", work}, "invalid_scope", "nothing in common", ""},
 
 		{"a token for us alone", b, token, nil, "invalid_target", "for AgentIdP alone", ""},
