@@ -565,7 +565,7 @@ func TestNoExchangeOutlivesACutBesideIt(t *testing.T) {
 	v.delegate(a, b, c)
 	parties := []*party{&a, &b, &c}
 	issued, refused := 0, 0
-	for round := range rounds(180, 3000) {
+	for round := range rounds(192, 3000) {
 		whom := parties[round%3]
 		token := v.tokenFor(a, "")
 		x := v.exchanged(b, token, "resource", work)
@@ -706,7 +706,7 @@ func TestExchangeHandsOnWhatAllHave(t *testing.T) {
 			if of[i].capabilities == nil {
 				of[i].capabilities = []string{"a:*"}
 			}
-			if random.IntN(2) == 0 {
+			if random.IntN(2) == 0 || of[i].resources == nil {
 				of[i].resources = []string{}
 			}
 			v.exec(`update agents set capabilities = $2, resources = $3, token_ttl = $4 where agent_id = $1`, p.id, of[i].capabilities, of[i].resources, 60+random.IntN(600))
@@ -783,6 +783,7 @@ func TestExchangeHandsOnWhatAllHave(t *testing.T) {
 			good[depth]++
 		}
 	}
+	t.Logf("%v were good and %d bad", good, bad)
 	if good[3] == 0 || bad == 0 {
 		t.Errorf("%v were good and %d bad, so this shows little", good, bad)
 	}
