@@ -184,20 +184,23 @@ func askAlive(b *pgx.Batch, of []origin) []life {
 }
 
 const aliveQuery = `
-	select c.client_id::text, c.credential_id::text, c.secret_id::text, '', c.kind, a.rate_limit
+	select c.credential_id::text, c.secret_id::text, '', c.kind, a.rate_limit
 	from credentials c
 	join agents a on a.agent_id = c.client_id
 	where c.credential_id = any($1) and c.status = 'active' and a.status = 'active'
 		and (c.expires_at is null or c.expires_at > clock_timestamp())
 	union all
-	select '', '', '', jti::text, '', null
+	select '', '', jti::text, '', null
 	from token_revocations
 	where jti = any($2)`
 
 func idsOf(of []origin) (credentials, tokens []string) {
-	credentials, tokens = make([]string, len(of)), make([]string, 0, len(of))
-	for i, o := range of {
-		if credentials[i] = o.CredentialID; o.TokenID != "" {
+	credentials, tokens = make([]string, 0, len(of)), make([]string, 0, len(of))
+	for _, o := range of {
+		if o.CredentialID != "" {
+			credentials = append(credentials, o.CredentialID)
+		}
+		if o.TokenID != "" {
 			tokens = append(tokens, o.TokenID)
 		}
 	}
@@ -208,12 +211,15 @@ func tellLives(rows pgx.Rows, of []origin) ([]life, error) {
 	var o origin
 	found := life{alive: true}
 	there, lives := map[origin]life{}, make([]life, len(of))
-	_, err := pgx.ForEachRow(rows, []any{&o.AgentID, &o.CredentialID, &o.SecretID, &o.TokenID, &found.kind, &found.rateLimit}, func() error {
+	_, err := pgx.ForEachRow(rows, []any{&o.CredentialID, &o.SecretID, &o.TokenID, &found.kind, &found.rateLimit}, func() error {
 		there[o] = found
 		return nil
 	})
 	for i, o := range of {
-		if lives[i] = there[origin{o.AgentID, o.CredentialID, o.SecretID, ""}]; there[origin{TokenID: o.TokenID}].alive {
+		if lives[i] = there[origin{CredentialID: o.CredentialID, SecretID: o.SecretID}]; o.CredentialID == "" && o.TokenID != "" {
+			lives[i].alive = true
+		}
+		if there[origin{TokenID: o.TokenID}].alive {
 			lives[i].alive = false
 		}
 	}

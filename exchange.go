@@ -78,7 +78,7 @@ func (s *server) checkParties(r *request) (subject claims, needs []origin, err e
 		if err != nil {
 			return subject, nil, err
 		}
-		needs = append(needs, worker.origin(), r.caller.origin)
+		needs = append(needs, origin{TokenID: worker.ID}, r.caller.origin) // its credential is that of the new token
 		subject.Expires = min(subject.Expires, worker.Expires)
 		if err := s.become(r, worker); err != nil {
 			return subject, nil, err

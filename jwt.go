@@ -58,7 +58,7 @@ type claims struct {
 	CredentialID string   `json:"credential_id"`
 	SecretID     string   `json:"secret_id"`       // changes when the credential is rotated
 	Actor        *actor   `json:"act,omitempty"`   // of one that came by exchange: its client, and who acted before
-	Chain        []origin `json:"chain,omitempty"` // and the tokens that it came from, the first one first
+	Chain        []origin `json:"chain,omitempty"` // and the tokens that it came from, the newest first
 }
 
 // An actor is who acts for the subject, and behind it who did before (RFC 8693,
@@ -70,12 +70,13 @@ type actor struct {
 
 // An origin is what a token came from, or a client that proved itself. A token
 // is alive while all of that is: nothing else has to be kept, copied or waited
-// for when an agent or a credential is cut off.
+// for when an agent or a credential is cut off. In a chain, of which sub and act
+// name the agents, it has its ids, and no credential where another link has that.
 type origin struct {
-	AgentID      string `json:"client_id"`
-	CredentialID string `json:"credential_id"`
-	SecretID     string `json:"secret_id"`     // changes when the credential is rotated
-	TokenID      string `json:"jti,omitempty"` // of a client ""
+	AgentID      string `json:"-"`
+	CredentialID string `json:"credential_id,omitempty"`
+	SecretID     string `json:"secret_id,omitempty"` // changes when the credential is rotated
+	TokenID      string `json:"jti,omitempty"`       // of a client ""
 }
 
 func (c claims) origin() origin { return origin{c.ClientID, c.CredentialID, c.SecretID, c.ID} }

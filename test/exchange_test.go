@@ -273,6 +273,7 @@ func TestExchangeRefusals(t *testing.T) {
 		{"an actor brought by itself", b, token, withActor(own, "resource", work), "invalid_request", "brought by the client", ""},
 		{"an actor brought by the first subject", a, x1, withActor(ofC), "invalid_request", "brought by the client", ""},
 		{"an actor of an exchange", a, token, withActor(x1, "resource", work), "invalid_request", "by no exchange", ""},
+		{"an actor of an exchange, for us", a, token, withActor(v.forUs(x1), "resource", work), "invalid_request", "by no exchange", ""},
 		{"an actor's token for a service", a, token, withActor(ownAtWork, "resource", work), "invalid_request", "by no exchange", ""},
 		{"a revoked actor", a, token, withActor(revokedOwn, "resource", work), "invalid_request", "has ended", ""},
 		{"an expired actor", a, token, withActor(expired, "resource", work), "invalid_request", "actor_token is a token that expired", ""},
@@ -415,6 +416,22 @@ func TestExchangeByKeysAndWorkloads(t *testing.T) {
 	}
 }
 
+// forUs is an exchanged token as we issue none: for us, with our scopes.
+func (v *service) forUs(token string) string {
+	v.t.Helper()
+	var said map[string]json.RawMessage
+	if err := json.Unmarshal([]byte(readPart(v.t, token, 1)), &said); err != nil {
+		v.t.Fatal(err)
+	}
+	c := readClaims(v.t, token)
+	c.Audience, c.Scope = audience{v.env["ISSUER"]}, strings.Join(ourScopes, " ")
+	return sign(v.t, v.env["JWT_PRIVATE_KEY"], accessToken, struct {
+		claims
+		Actor json.RawMessage `json:"act"`
+		Chain json.RawMessage `json:"chain"`
+	}{c, said["act"], said["chain"]})
+}
+
 // An exchanged token is for others: none of our routes takes it, whatever it says.
 func TestExchangedTokenIsNothingHere(t *testing.T) {
 	t.Parallel()
@@ -423,18 +440,7 @@ func TestExchangedTokenIsNothingHere(t *testing.T) {
 	v.delegate(a, b)
 	token := v.tokenFor(a, "")
 	x := v.exchanged(b, token, "resource", work)
-	var said map[string]json.RawMessage
-	if err := json.Unmarshal([]byte(readPart(t, x, 1)), &said); err != nil {
-		t.Fatal(err)
-	}
-	// One that we don't issue: for us, with our scopes.
-	c := readClaims(t, x)
-	c.Audience, c.Scope = audience{v.env["ISSUER"]}, strings.Join(ourScopes, " ")
-	forUs := sign(t, v.env["JWT_PRIVATE_KEY"], accessToken, struct {
-		claims
-		Actor json.RawMessage `json:"act"`
-		Chain json.RawMessage `json:"chain"`
-	}{c, said["act"], said["chain"]})
+	forUs := v.forUs(x)
 	if !v.active(x) || !v.active(forUs) {
 		t.Fatal("they are not active, so this shows nothing")
 	}
@@ -481,11 +487,11 @@ func TestExchangedTokenDiesWithAnyLink(t *testing.T) {
 	v := newService(t)
 	copies := []*service{v, v.another()}
 	// The tokens: a's, of which b made ab, and c of that abc and of a's ac; a made with b's
-	// own token abBrought. Of each agent another one, which came of nothing else.
+	// own token abBrought, and c of that broughtC. Of each agent another one, which came of nothing else.
 	of := map[string][]string{
-		"a": {"a", "ab", "abc", "ac", "abBrought"}, "b": {"b", "ab", "abc", "abBrought"}, "c": {"c", "abc", "ac"},
-		"token a": {"a", "ab", "abc", "ac", "abBrought"}, "token ab": {"ab", "abc"}, "token abc": {"abc"}, "token ac": {"ac"}, "token b": {"b", "abBrought"}, "token c": {"c"},
-		"token abBrought": {"abBrought"},
+		"a": {"a", "ab", "abc", "ac", "abBrought", "broughtC"}, "b": {"b", "ab", "abc", "abBrought", "broughtC"}, "c": {"c", "abc", "ac", "broughtC"},
+		"token a": {"a", "ab", "abc", "ac", "abBrought", "broughtC"}, "token ab": {"ab", "abc"}, "token abc": {"abc"}, "token ac": {"ac"}, "token b": {"b", "abBrought", "broughtC"}, "token c": {"c"},
+		"token abBrought": {"abBrought", "broughtC"}, "token broughtC": {"broughtC"},
 	}
 	for _, row := range []struct {
 		name    string
@@ -501,7 +507,7 @@ func TestExchangedTokenDiesWithAnyLink(t *testing.T) {
 		{"credential revoked", []string{"a", "b", "c"}, func(p party, _ string) answer {
 			return copies[1].api(v.bearer, "DELETE", "/agents/"+p.id+"/credentials/"+p.credentialID, "")
 		}, false},
-		{"revoked", []string{"token a", "token ab", "token abc", "token ac", "token b", "token c", "token abBrought"}, func(_ party, token string) answer {
+		{"revoked", []string{"token a", "token ab", "token abc", "token ac", "token b", "token c", "token abBrought", "token broughtC"}, func(_ party, token string) answer {
 			return copies[1].form(v.id, v.secret, "/revoke", "token="+token)
 		}, false},
 	} {
@@ -514,6 +520,7 @@ func TestExchangedTokenDiesWithAnyLink(t *testing.T) {
 			tokens["abc"] = v.exchanged(c, tokens["ab"])
 			tokens["ac"] = v.exchanged(c, tokens["a"], "resource", work)
 			tokens["abBrought"] = v.exchanged(a, tokens["a"], withActor(tokens["b"], "resource", work)...)
+			tokens["broughtC"] = v.exchanged(c, tokens["abBrought"])
 			check := func(when string, dead []string) {
 				t.Helper()
 				for _, w := range copies {
@@ -565,7 +572,7 @@ func TestNoExchangeOutlivesACutBesideIt(t *testing.T) {
 	v.delegate(a, b, c)
 	parties := []*party{&a, &b, &c}
 	issued, refused := 0, 0
-	for round := range rounds(192, 3000) {
+	for round := range rounds(144, 3000) {
 		whom := parties[round%3]
 		token := v.tokenFor(a, "")
 		x := v.exchanged(b, token, "resource", work)
@@ -916,4 +923,31 @@ func readToken(t testing.TB, token string) (x exchangedToken) {
 		t.Fatal(err)
 	}
 	return x
+}
+
+// A token of the greatest depth, each time with the worker's token brought along, is one
+// that a cookie or a header of any proxy holds.
+func TestExchangedTokenStaysSmall(t *testing.T) {
+	t.Parallel()
+	v := newService(t, "ISSUER", "https://idp.example.com")
+	var parties []party
+	for range 4 {
+		parties = append(parties, v.newParty("resumes:read", "resumes:score"))
+	}
+	v.delegate(parties[0], parties[1:]...)
+	for name, brought := range map[string]bool{"by the workers": false, "by the subjects": true} {
+		token := v.tokenFor(parties[0], "")
+		for i, p := range parties[1:] {
+			more := []string{"resource", work}
+			if brought {
+				token = v.exchanged(parties[i], token, withActor(v.tokenFor(p, ""), more...)...)
+			} else {
+				token = v.exchanged(p, token, more...)
+			}
+			t.Logf("%s, depth %d: %d bytes", name, i+1, len(token))
+		}
+		if len(token) >= 2000 {
+			t.Errorf("fetched %s a token of depth 3 has %d bytes, want less than 2 kB", name, len(token))
+		}
+	}
 }
