@@ -196,8 +196,8 @@ func TestExchangeRefusals(t *testing.T) {
 	}
 	rows := []row{
 		{"no token", b, "", nil, "invalid_request", "lacks subject_token", ""},
-		{"an expired token", b, expired, nil, "invalid_request", "subject_token is a token that expired", ""},
-		{"a token to come", b, toCome, nil, "invalid_request", "subject_token is a token of a time to come", ""},
+		{"an expired token", b, expired, []string{"resource", work}, "invalid_request", "subject_token is a token that expired", ""},
+		{"a token to come", b, toCome, []string{"resource", work}, "invalid_request", "subject_token is a token of a time to come", ""},
 		{"a revoked token", b, revoked, []string{"resource", work}, "invalid_request", "has ended", ""},
 		{"a foreign token", b, foreign, nil, "invalid_request", "subject_token is no token", ""},
 		{"a token of another issuer", b, ofOther, nil, "invalid_request", "subject_token is a token of the issuer https://other.example", ""},
@@ -644,6 +644,50 @@ func TestNoExchangeOutlivesACutBesideIt(t *testing.T) {
 		t.Errorf("%d were issued and %d refused, so nothing met", issued, refused)
 	}
 	v.checkChain()
+}
+
+// While an exchange waits for the log, of those that it needs each may end; also the
+// credential by which a subject asks that brings its worker's token.
+func TestExchangeThatWaitsNeedsAllWhomItNeeded(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	w := v.another()
+	for _, row := range []struct {
+		name  string
+		whose int // a's, or b's
+		ask   int // who asks
+	}{{"the subject, by the worker", 0, 1}, {"the worker, by itself", 1, 1}, {"the worker, by the subject", 1, 0}, {"who brings the worker's token", 2, 0}} {
+		a, b := v.newParty("a:b"), v.newParty("a:b")
+		v.delegate(a, b)
+		token, own := v.tokenFor(a, ""), v.tokenFor(b, "")
+		second := party{id: a.id}
+		second.credentialID, second.secret = v.quickCredential(a.id)
+		ends := []party{a, b, second}[row.whose]
+		tx := v.lockChain()
+		cut, made := make(chan answer, 1), make(chan answer, 1)
+		go func() { cut <- v.api(v.bearer, "DELETE", "/agents/"+ends.id+"/credentials/"+ends.credentialID, "") }()
+		v.eventually("the cut waits for the chain", func() bool { return v.waiting() == 1 })
+		go func() {
+			if row.ask == 1 {
+				made <- w.exchanges(b, token, "resource", work)
+			} else {
+				made <- w.exchanges(second, token, withActor(own, "resource", work)...)
+			}
+		}()
+		v.eventually("the exchange waits behind it", func() bool { return v.waiting() == 2 })
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := <-cut; !got.done() {
+			t.Fatalf("%s: the cut is answered %v", row.name, got)
+		}
+		if got := <-made; got.status != 400 && got.status != 401 || got.text("access_token") != "" {
+			t.Errorf("%s ends meanwhile: answered %v, want 400 or 401", row.name, got)
+		}
+		if n := v.count(`select count(*) from audit_events where action = 'token.issued' and outcome = 'success' and metadata ->> 'subject' = $1`, a.id); n != 0 {
+			t.Errorf("%s ends meanwhile: %d tokens are in the log", row.name, n)
+		}
+	}
 }
 
 // whoseDies tells of the exchange of this number whether the cut of the round ends what
