@@ -9,13 +9,14 @@ import (
 	"time"
 )
 
-// What agents:write allows an agent beside its capabilities: limits of its own, and
-// where its tokens may go.
+// What agents:write allows an agent beside its capabilities: limits of its own, where
+// its tokens may go, and who may act for it.
 
 // allowances are the fields, with one value of each that is right, and the agent's
 // own answer to what it is without.
 var allowances = map[string][2]string{
 	"rateLimit": {"7", "null"}, "monthlyTokenLimit": {"3", "null"}, "tokenTtl": {"90", "null"}, "resources": {`["https://a.example.com"]`, "[]"},
+	"delegates": {`["01a22c3d-19a8-758e-a419-ee2ad0f8fe2c","01a22c3d-1a58-72fe-b7ad-12fc2670a23d"]`, "[]"},
 }
 
 func (v *service) allow(id, field, value string) answer {
@@ -52,12 +53,15 @@ func TestAllowancesAreKeptShownAndRecorded(t *testing.T) {
 		}
 	}
 	id := v.newAgent("a:b")
+	v.want(v.allow(id, "delegates", `["`+strings.Join(manyIDs(64), `","`)+`"]`), 200, "")
 	for field, values := range map[string][]string{
 		"rateLimit":         {"-1", "1.5", "1e7", `"5"`, "true", "[]"},
 		"monthlyTokenLimit": {"-1", "0.1", "1e10", `"5"`, "{}"},
 		"tokenTtl":          {"0", "-1", "86401", `"1h"`, "1.5"},
 		"resources": {"null", `"https://a.example.com"`, `[1]`, `[null]`, `["a"]`, `["https://a.example.com#b"]`, `["https://a.example.com","https://a.example.com"]`,
 			`["https://a.example.com/` + strings.Repeat("x", 2048) + `"]`, `["x:` + strings.Repeat(`","x:`, 16) + `"]`},
+		"delegates": {"null", `"` + id + `"`, `[1]`, `[null]`, `[""]`, `["first@example.com"]`, `["*"]`, `["` + strings.ToUpper(id) + `"]`, `["` + id + `","` + id + `"]`,
+			`["` + id[:35] + `"]`, `["` + strings.Join(manyIDs(65), `","`) + `"]`},
 	} {
 		for _, value := range values {
 			if a := v.allow(id, field, value); a.status != 400 || !strings.Contains(a.raw, `"`+field+`":"must be`) {
@@ -65,6 +69,13 @@ func TestAllowancesAreKeptShownAndRecorded(t *testing.T) {
 			}
 		}
 	}
+}
+
+func manyIDs(n int) (list []string) {
+	for range n {
+		list = append(list, newID())
+	}
+	return list
 }
 
 func TestNobodyAllowsItselfMore(t *testing.T) {
@@ -81,7 +92,7 @@ func TestNobodyAllowsItselfMore(t *testing.T) {
 		}
 	}
 	v.want(v.api(self, "PATCH", "/agents/"+id, `{"owner": "another"}`), 200, "") // the rest is its own to change
-	if n := v.count(`select count(*) from agents where agent_id = $1 and resources = '{}' and owner = 'another'
+	if n := v.count(`select count(*) from agents where agent_id = $1 and resources = '{}' and delegates = '{}' and owner = 'another'
 		and coalesce(rate_limit, monthly_token_limit, token_ttl) is null`, id); n != 1 {
 		t.Error("the agent was changed")
 	}
