@@ -69,6 +69,14 @@ func TestAllowancesAreKeptShownAndRecorded(t *testing.T) {
 			}
 		}
 	}
+	v.want(v.allow(id, "delegates", `["`+strings.Join(newIDs(64), `","`)+`"]`), 200, "")
+}
+
+func newIDs(n int) (list []string) {
+	for range n {
+		list = append(list, newID())
+	}
+	return list
 }
 
 func manyIDs(n int) (list []string) {

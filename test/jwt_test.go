@@ -662,7 +662,7 @@ func TestMetadataThatClientsAccept(t *testing.T) {
 		"introspection_endpoint":                        v.url + "/api/v1/token/introspect",
 		"revocation_endpoint":                           v.url + "/api/v1/token/revoke",
 		"jwks_uri":                                      v.url + "/.well-known/jwks.json",
-		"grant_types_supported":                         "[client_credentials]",
+		"grant_types_supported":                         "[client_credentials urn:ietf:params:oauth:grant-type:token-exchange]",
 		"response_types_supported":                      "[none]",
 		"code_challenge_methods_supported":              "[S256]",
 		"scopes_supported":                              "[agents:read agents:write tokens:read audit:read credentials:write]",

@@ -630,7 +630,7 @@ var authorityWounds = []wound{
 	{"other grants and other spellings of the grant", "CVE-2026-9792 (Keycloak: a grant that policy forbids)", func(t *testing.T, v *service) {
 		for _, grant := range []string{"password", "authorization_code", "refresh_token", "implicit", "urn:ietf:params:oauth:grant-type:device_code",
 			"urn:openid:params:grant-type:ciba", "urn:ietf:params:oauth:grant-type:jwt-bearer", "urn:ietf:params:oauth:grant-type:saml2-bearer",
-			"urn:ietf:params:oauth:grant-type:token-exchange", "Client_Credentials", "client_credentials ", "client_credentials\x00", "client_credentials,password"} {
+			"urn:ietf:params:oauth:grant-type:token-exchange ", "Client_Credentials", "client_credentials ", "client_credentials\x00", "client_credentials,password"} {
 			form := url.Values{"grant_type": {grant}, "username": {v.id}, "password": {v.secret}, "code": {"x"}, "assertion": {v.bearer}, "subject_token": {v.bearer}}
 			v.want(v.form(v.id, v.secret, "", form.Encode()), 400, "unsupported_grant_type")
 			if a := v.form("", "", "", form.Encode()+"&client_id="+v.id); a.status != 401 {
