@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"os/user"
@@ -768,6 +769,117 @@ func TestKeysPageCanBePasted(t *testing.T) {
 		if refusal == "" && (err != nil || !v.active(strings.TrimSpace(out))) || refusal != "" && (err == nil || !strings.Contains(out, refusal)) {
 			t.Errorf("with %s the program in Go of keys.md prints %s, %v, want a refusal %q", key, out, err, refusal)
 		}
+	}
+}
+
+// An operator makes a worker a delegate, the orchestrator gives it a token, and ends it; the worker in Go
+// trades another one and calls a service.
+func TestDelegationPageCanBePasted(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	var seen answer
+	resumes := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		if seen = v.form(v.id, v.secret, "/introspect", "token="+token); r.URL.Path != "/resumes" || seen.body["active"] != true {
+			w.WriteHeader(401)
+		}
+		fmt.Fprintln(w, "two resumes")
+	}))
+	defer resumes.Close()
+	orchestrator, given := v.newClient("resumes:read", "scores:*")
+	worker, secret := v.newClient("resumes:*")
+	folder, page := t.TempDir(), readFile(t, "docs/developers/delegation.md")
+	source := regexp.MustCompile("(?s)\n```go\n(// worker.go\n.*?)\n```\n").FindStringSubmatch(page)
+	if source == nil {
+		t.Fatal("delegation.md has no worker.go")
+	}
+	if err := os.WriteFile(filepath.Join(folder, "worker.go"), []byte(source[1]), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run := func(command, input string) (string, error) {
+		cmd := exec.Command("sh", "-euc", command)
+		cmd.Dir, cmd.Stdin = folder, strings.NewReader(input)
+		cmd.Env = append(os.Environ(), "BASE="+v.url, "SERVICE="+resumes.URL, "ADMIN="+v.bearer, "ORCHESTRATOR="+orchestrator+":"+given,
+			"WORKER="+worker+":"+secret, "CHECKER="+v.id+":"+v.secret, "CLIENT_ID="+worker, "CLIENT_SECRET="+secret, "GOFLAGS=", "GOWORK=off")
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	var script strings.Builder
+	blocks := runBlocks(t, "../developers/delegation.md")
+	for _, b := range blocks {
+		script.WriteString(b.text)
+	}
+	const answered = `\{"access_token":"eyJ[^"]*","issued_token_type":"urn:ietf:params:oauth:token-type:access_token",.*"scope":"resumes:read"\}`
+	want := regexp.MustCompile(`^\{"agentId":"` + orchestrator + `",.*"delegates":\["` + worker + `"\].*\}\n` + answered + `\n` +
+		`\{"active":true,.*"sub":"` + orchestrator + `",.*"client_id":"` + worker + `",.*"act":\{"sub":"` + worker + `"\},"chain":\[\{"client_id":"` + orchestrator + `".*\}\]\}\n` +
+		`\{\}\n\{"active":false\}\n` + answered + `\n$`)
+	if out, err := run(script.String(), ""); err != nil || len(blocks) != 6 || !want.MatchString(out) {
+		t.Fatalf("delegation.md has %d blocks, which print %s, %v, want %s", len(blocks), out, err, want)
+	}
+	if out, err := run("go build -o worker worker.go", ""); err != nil {
+		t.Fatalf("building the program in Go of delegation.md: %v: %s", err, out)
+	}
+	form := url.Values{"grant_type": {"client_credentials"}, "resource": {resumes.URL}}.Encode()
+	subject := v.want(v.form(orchestrator, given, "", form), 200, "").text("access_token")
+	if out, err := run("./worker", subject+"\n"); err != nil || out != "two resumes\n" || seen.text("sub") != orchestrator || seen.text("client_id") != worker {
+		t.Errorf("the program in Go of delegation.md prints %s, %v, and the service sees %v", out, err, seen)
+	}
+	v.want(v.form(orchestrator, given, "/revoke", "token="+subject), 200, "")
+	if out, err := run("./worker", subject+"\n"); err == nil || !strings.Contains(out, "400 Bad Request: The subject_token or the actor_token has ended") {
+		t.Errorf("with a token that was revoked the program in Go of delegation.md prints %s, %v", out, err)
+	}
+}
+
+// What is said of an exchange that is refused stands in delegation.md, and nothing else does.
+func TestDelegationPageHasEveryRefusal(t *testing.T) {
+	_, table, _ := strings.Cut(readFile(t, "docs/developers/delegation.md"), "\n## What is refused\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	var said []string
+	for _, row := range regexp.MustCompile("(?m)^\\| \\w+(?: \\(403\\))? \\| (`.*) \\| .* \\|$").FindAllStringSubmatch(table, -1) {
+		for _, text := range inBackticks(row[1]) {
+			if strings.Contains(text, " ") { // and no name
+				said = append(said, strings.TrimSuffix(text, "."))
+			}
+		}
+	}
+	var like func(e ast.Expr) string // what the source says, where anything may stand for a variable
+	like = func(e ast.Expr) string {
+		if sum, ok := e.(*ast.BinaryExpr); ok {
+			return like(sum.X) + like(sum.Y)
+		}
+		if text := literal(e); text != "" {
+			return regexp.QuoteMeta(text)
+		}
+		return ".+"
+	}
+	var source []*regexp.Regexp
+	for _, file := range goFiles(t, false) {
+		ast.Inspect(file.File, func(n ast.Node) bool {
+			call, ok := n.(*ast.CallExpr)
+			if !ok {
+				return true
+			}
+			if of, ok := call.Fun.(*ast.SelectorExpr); ok && of.Sel.Name == "because" {
+				text := like(call.Args[0])
+				if file.name == "exchange.go" || strings.Contains(text, "subject_token") {
+					source = append(source, regexp.MustCompile("^"+strings.TrimSuffix(text, `\.`)+"$"))
+				}
+			}
+			return true
+		})
+	}
+	for _, r := range source {
+		if !slices.ContainsFunc(said, r.MatchString) {
+			t.Errorf("delegation.md lacks the refusal %s", r)
+		}
+	}
+	for _, text := range said {
+		if !slices.ContainsFunc(source, func(r *regexp.Regexp) bool { return r.MatchString(text) }) {
+			t.Errorf("delegation.md has the refusal %q, which is not in the source", text)
+		}
+	}
+	if len(source) < 15 || len(said) < 15 {
+		t.Errorf("the source has the refusals %s, and delegation.md %q", source, said)
 	}
 }
 

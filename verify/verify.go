@@ -67,8 +67,8 @@ func New(issuer, audience string) (*Verifier, error) {
 
 // Claims are what a token says (RFC 9068, section 2.2).
 type Claims struct {
-	Subject  string // the agent
-	ClientID string // the agent too
+	Subject  string // the agent on whose behalf
+	ClientID string // the agent that shows it: another one where it acts for that (RFC 8693)
 	ID       string // of the token, as in the audit log
 	Scopes   []string
 	Expires  time.Time
