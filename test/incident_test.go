@@ -138,13 +138,27 @@ func TestIncidentDrill(t *testing.T) {
 	made := p.want(p.api(token, "POST", "/agents/"+id+"/credentials", "{}"), 201, "") // by itself
 	otherID, otherSecret := p.newClient("resumes:read")
 	other := p.token(otherID, otherSecret, "")
+	// What it hands out another acts with, also behind a third.
+	handOn := func(id, secret, subject string) string {
+		return p.want(p.form(id, secret, "", "grant_type=urn:ietf:params:oauth:grant-type:token-exchange&subject_token="+subject+
+			"&subject_token_type=urn:ietf:params:oauth:token-type:access_token&resource=https://resumes.example.com"), 200, "").text("access_token")
+	}
+	thirdID, thirdSecret := p.newClient("resumes:read")
+	p.want(p.allow(id, "delegates", `["`+otherID+`"]`), 200, "")
+	p.want(p.allow(thirdID, "delegates", `["`+otherID+`","`+id+`"]`), 200, "")
+	handed := handOn(otherID, otherSecret, p.token(id, secret, "resumes:read"))
+	behind := handOn(otherID, otherSecret, handOn(id, secret, p.token(thirdID, thirdSecret, "")))
+	apart := handOn(otherID, otherSecret, p.token(thirdID, thirdSecret, ""))
 	for range 130 { // more than a page
 		p.token(id, secret, "resumes:read")
 	}
-	secrets := []string{p.secret, secret, made.text("clientSecret"), token, other, p.bearer}
+	secrets := []string{p.secret, secret, made.text("clientSecret"), token, other, p.bearer, handed, behind, apart}
 	the := []string{"AGENT_ID=" + id, "TOKEN=" + token, "BASES=" + p.url + " " + q.url, "AGENT_SECRET=" + secret}
 	concerns := func(e servedEvent) bool { return e.AgentID != nil && *e.AgentID == id }
 	did := func(e servedEvent) bool { return e.ActorID != nil && *e.ActorID == id }
+	gave := func(e servedEvent) bool {
+		return e.Action == tokenIssued && e.ActorID != nil && *e.ActorID == otherID && strings.Contains(string(e.Metadata), `"chain":[{"client_id":"`+id+`"`)
+	}
 	all := func(servedEvent) bool { return true }
 	state := p.stateOf()
 
@@ -162,6 +176,7 @@ func TestIncidentDrill(t *testing.T) {
 		"a wrong secret":         {"act", "the answer is 401", append([]string{"CLIENT_SECRET=" + newSecret()}, the...)},
 		"an unknown agent":       {"act", "the answer is 404", []string{"AGENT_ID=" + newID()}},
 		"another's token":        {"act", "TOKEN is another agent's", append(slices.Clone(the), "TOKEN="+other)},
+		"another's by exchange":  {"act", "TOKEN is another agent's", append(slices.Clone(the), "TOKEN="+apart)},
 		"a copy of another":      {"look", "does not know the operator's token", append(slices.Clone(the), "BASES="+p.url+" "+stranger.url)},
 		"a copy that is away":    {"look", "no answer", append(slices.Clone(the), "BASES=http://127.0.0.1:1")},
 	} {
@@ -174,7 +189,7 @@ func TestIncidentDrill(t *testing.T) {
 		}
 	}
 	out, evidence, err := d.run("look", the...)
-	if err != nil || strings.Count(out, "TOKEN is alive") != 2 || strings.Count(out, " active: ") != 2 || !strings.Contains(out, "TOKEN is a token of this agent, and alive") {
+	if err != nil || strings.Count(out, "TOKEN is alive") != 2 || strings.Count(out, " active: ") != 2 || !strings.Contains(out, "TOKEN is a token of this agent, or came of one, and alive") {
 		t.Fatalf("look = %v and prints %s, want all alive", err, out)
 	}
 	events := p.chain()
@@ -184,6 +199,13 @@ func TestIncidentDrill(t *testing.T) {
 	d.wantSeqs(evidence, "did.jsonl", events, did)
 	if !p.active(token) || !q.active(token) || p.stateOf() != state {
 		t.Fatal("look has changed something")
+	}
+
+	for _, token := range []string{handed, behind} {
+		if out, _, err := d.run("look", "AGENT_ID="+id, "TOKEN="+token); err != nil || !strings.Contains(out, "came of one, and alive") ||
+			!strings.Contains(out, "    1 by "+otherID+" in the name of "+id+"\n") || !strings.Contains(out, "    1 by "+otherID+" in the name of "+thirdID+"\n") {
+			t.Errorf("look with what came of the agent's token = %v and prints %s", err, out)
+		}
 	}
 
 	fresh := p.newAgent("resumes:read") // of which there is one event
@@ -208,20 +230,21 @@ func TestIncidentDrill(t *testing.T) {
 	d.wantEvidence(evidence, secrets...)
 	d.wantSeqs(evidence, "concerns.jsonl", events, concerns)
 	d.wantSeqs(evidence, "did.jsonl", events, did)
+	d.wantSeqs(evidence, "handed.jsonl", events, gave)
 	d.wantSeqs(evidence, "log.jsonl", events, all)
 	exported := d.lines(evidence, "log.jsonl")
 	if again := strings.Split(p.command("audit-export"), "\n"); !slices.Equal(exported[:len(exported)-1], again[:len(exported)-1]) || !checkpointLine.MatchString(exported[len(exported)-1]) {
 		t.Error("log.jsonl is not what audit-export prints")
 	}
-	if report := strings.Join(d.lines(evidence, "report.txt"), "\n"); !strings.HasPrefix(out, report) || !strings.Contains(report, "131 of token.issued success from 127.0.0.1") {
+	if report := strings.Join(d.lines(evidence, "report.txt"), "\n"); !strings.HasPrefix(out, report) || !strings.Contains(report, "133 of token.issued success from 127.0.0.1") {
 		t.Errorf("the report is %s, and printed is %s", report, out)
 	}
 	if out := p.command("verify-audit", d.lines(evidence, "checkpoint.txt")[0]); !strings.Contains(out, "extends the checkpoint") {
 		t.Errorf("verify-audit with the checkpoint of the evidence prints %s", out)
 	}
 	for _, v := range []*program{p, q} {
-		if v.active(token) || !v.active(other) {
-			t.Error("the agent's token is alive, or another's is dead")
+		if v.active(token) || v.active(handed) || v.active(behind) || !v.active(other) || !v.active(apart) {
+			t.Error("the agent's token is alive, or what came of it, or another's is dead")
 		}
 		v.want(v.api(token, "GET", "/agents/"+id, ""), 401, "UNAUTHORIZED")
 		for _, secret := range []string{secret, made.text("clientSecret")} {

@@ -77,9 +77,13 @@ func TestRegionsPageHasEveryRoundTrip(t *testing.T) {
 	id, secret := p.newClient("resumes:read")
 	keyID, _, key := p.newKeyClient("ES256", "resumes:read")
 	token := p.token(id, secret, "")
+	workerID, workerSecret := p.newClient("resumes:read")
+	p.want(p.allow(id, "delegates", `["`+workerID+`"]`), 200, "")
+	exchange := "grant_type=urn:ietf:params:oauth:grant-type:token-exchange&subject_token_type=urn:ietf:params:oauth:token-type:access_token&resource=https://a.example.com&subject_token=" + token
 	for what, ask := range map[string]func() answer{
 		"/token":                  func() answer { return p.form(id, secret, "", "grant_type=client_credentials") },
 		"client_assertion":        func() answer { return p.byAssertion("", p.assertion(key, keyID)) },
+		"token-exchange":          func() answer { return p.form(workerID, workerSecret, "", exchange) },
 		"/token/introspect":       func() answer { return p.form(p.id, p.secret, "/introspect", "token="+token) },
 		"GET /agents/{agentId}":   func() answer { return p.api(p.bearer, "GET", "/agents/"+id, "") },
 		"GET /agents":             func() answer { return p.api(p.bearer, "GET", "/agents", "") },

@@ -10,7 +10,8 @@
 #   CLIENT_ID, CLIENT_SECRET  of an operator: an agent with agents:read, agents:write, tokens:read and audit:read, and with
 #                             whatever else of the five scopes the agent has that is to be cut off
 #   AGENT_ID                  the agent that is to be cut off
-#   TOKEN, AGENT_SECRET       a token and a secret of that agent, which are to be dead then; both optional
+#   TOKEN, AGENT_SECRET       a token and a secret of that agent, which are to be dead then; both optional. A token that came
+#                             of one of the agent's by exchange will do
 #   BASES                     the URLs of all copies, separated by spaces, where each can be reached by itself; BASE if empty
 #   SINCE                     a day or time like 2026-11-25T03:00:00Z to read the log from; if empty, all that is served
 #   EVIDENCE                  the folder to make; evidence-MODE-TIME if empty
@@ -135,7 +136,9 @@ note "it is $(sed -n 's/.*"email":"\([^"]*\)".*"status":"\([^"]*\)".*/\1, \2/p' 
 if [ -n "${TOKEN-}" ]; then
 	was=$(introspect "$BASE" "$TOKEN")
 	case $was in
-	'{"active":true,'*"\"sub\":\"$AGENT_ID\""*) note "TOKEN is a token of this agent, and alive" ;;
+	'{"active":true,'*"\"sub\":\"$AGENT_ID\""* | '{"active":true,'*"\"client_id\":\"$AGENT_ID\""*)
+		note "TOKEN is a token of this agent, or came of one, and alive"
+		;;
 	'{"active":false}') note "TOKEN is dead already, or no token: that it is dead later proves nothing" ;;
 	*) fail "TOKEN is another agent's" ;;
 	esac
@@ -207,6 +210,11 @@ fi
 sed -n "/\"actorId\":\"$AGENT_ID\"/p" "$dir/log.jsonl" >"$dir/did.jsonl"
 note "what the agent itself did, also to others:"
 summary "$dir/did.jsonl"
+sed -n "/\"action\":\"token.issued\".*\"chain\":.*\"client_id\":\"$AGENT_ID\"/p" "$dir/log.jsonl" >"$dir/handed.jsonl"
+note "who got tokens by what it handed out:"
+summary "$dir/handed.jsonl"
+sed -n 's/.*"actorId":"\([^"]*\)".*"subject":"\([^"]*\)".*/\1 in the name of \2/p' "$dir/handed.jsonl" | sort | uniq -c |
+	while read -r count who; do note "$count by $who"; done
 
 step "has the end of the log verified, and keeps its checkpoint"
 sign_in
