@@ -128,12 +128,11 @@ func (e *event) sum() digest {
 	return sum[:]
 }
 
-// An entry is an event, which without an action is none, and what is to be found out when
-// it is stored. Where one of what it needs is not alive, who asks the first, it is left out;
-// and where the assertion by which it was asked was used before.
+// An entry is an event, which without an action is none, and what is to be found out when it
+// is stored. It is left out where one of its needs is dead, or its assertion was used before.
 type entry struct {
 	event
-	needs []origin
+	needs []origin // who asks the first
 	asks  []origin // what the token came from that an introspection is about
 	use   use
 	found found

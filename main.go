@@ -17,6 +17,7 @@
 //	assertion.go   how a client proves itself without a secret: by what it signs with a key of its own
 //	workload.go    and without a key: by what an issuer that is trusted says of it
 //	token.go       issuing, introspecting and revoking tokens
+//	exchange.go    a token of who hands work on, traded for one of the worker
 //	credential.go  credentials, and the secrets in them
 //	agent.go       agents, and who may change them
 //	chain.go       events, and the chain that shows what was done to them
