@@ -605,10 +605,12 @@ var authorityWounds = []wound{
 		}
 		// Nor does a narrower token buy a wider one.
 		token := narrow.text("access_token")
-		for _, grant := range []string{"refresh_token&refresh_token=" + token, "urn:ietf:params:oauth:grant-type:token-exchange&subject_token=" + token,
+		for _, grant := range []string{"refresh_token&refresh_token=" + token,
 			"urn:ietf:params:oauth:grant-type:jwt-bearer&assertion=" + token, "authorization_code&code=" + token} {
 			v.want(v.form(id, secret, "", "scope=scores:x&grant_type="+grant), 400, "unsupported_grant_type")
 		}
+		v.want(v.form(id, secret, "", "scope=scores:x&grant_type=urn:ietf:params:oauth:grant-type:token-exchange&resource=https://a.example.com&subject_token="+token+
+			"&subject_token_type=urn:ietf:params:oauth:token-type:access_token"), 400, "invalid_request")
 		if a := v.bearerForm(token, "", "grant_type=client_credentials&scope=scores:x"); a.status != 401 {
 			t.Errorf("a token buys a token: %v", a)
 		}
