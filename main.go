@@ -43,6 +43,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -231,7 +232,10 @@ type server struct {
 	inner    *pgxpool.Pool                             // for the recorder, the keeper and lookups, which requests must not hold up
 	redis    *cache
 	vault    *vault
-	proofs   *lanes // for assertions that are verified
+	limited  memo[refusal] // of addresses, the last one
+	inUse    sync.Map      // ids of assertions by which something is asked just now
+	rooms    *lanes        // for assertions of those, which wait there in lanes
+	lanes    *lanes
 	recorder *queue[entry, []life]
 	lookups  *queue[secretKey, client]
 	signers  *queue[shown, []client]
@@ -291,7 +295,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), proofs: newLanes()}
+	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), rooms: newLanes(maxInRoom), lanes: newLanes(1)}
 	s.recorder = newQueue(s.storeEvents)
 	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]client, error) {
 		return loadSecretOwners(ctx, inner, shown)

@@ -227,6 +227,8 @@ func (p *pulse) within(age time.Duration) bool {
 
 func (p *pulse) well() bool { return p.within(wellFor) }
 
+const clockTrust = 5 * time.Minute // what PostgreSQL's clock and ours may be apart
+
 // A reading is what PostgreSQL's clock said, and when that was here.
 type reading struct{ there, here time.Time }
 
@@ -351,7 +353,7 @@ var schema string
 
 // schemaVersion is raised with every change of schema.sql, which from version 2
 // on only adds. So a version of the program does with a later schema.
-const schemaVersion = 4
+const schemaVersion = 5
 
 var errEncoding = errors.New("the database is not in UTF8, so that it can't keep every text: make another, by createdb -E UTF8 -T template0")
 

@@ -738,11 +738,15 @@ func TestAssertionIsGoodOnce(t *testing.T) {
 			v.want(v.byAssertion("", text), 401, "invalid_client")
 		}
 	}
-	// One by which nothing came about, for what it says, what it is for, or a limit, is not
-	// used up; nor does a client that is over its limit leave anything behind.
+	// So does what is refused for what it asks, or its holder could spend its client's window.
+	for path, refused := range map[string][]string{"": {"400", "invalid_scope", "scope", "c:d"}, "/introspect": {"400", "invalid_request", "token", ""}} {
+		text := v.assertion(h, id)
+		v.want(v.byAssertion(path, text, refused[2:]...), 400, refused[1])
+		v.want(v.byAssertion(path, text, refused[2:]...), 401, "invalid_client")
+	}
+	// One that was sent over a limit is not used up; nor does a client that is over its
+	// limit leave anything behind.
 	text := v.assertion(h, id)
-	v.want(v.byAssertion("", text, "scope", "c:d"), 400, "invalid_scope")
-	v.want(v.byAssertion("/introspect", text, "token", ""), 400, "invalid_request")
 	v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"rateLimit": 1}`), 200, "")
 	v.want(v.byAssertion("", v.assertion(h, id)), 200, "")
 	uses := v.count(`select count(*) from token_revocations`)
@@ -1348,6 +1352,27 @@ func TestWrongAssertionsCountForTheAddressOnly(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Copies of an assertion that come at the same time leave its client what it may ask.
+func TestCopiesOfAnAssertionSpendNothing(t *testing.T) {
+	t.Parallel()
+	v := newService(t, "RATE_LIMIT_PER_MINUTE", "12")
+	id, _, h := v.newKeyClient("ES256", "a:b")
+	v.withinAMinute(func(int64, time.Duration) {
+		v.forget()
+		text := v.assertion(h, id)
+		got := tally(60, func(int) answer { return v.byAssertion("", text) })
+		own := 0
+		for range 12 {
+			if v.byAssertion("", v.assertion(h, id)).status == 200 {
+				own++
+			}
+		}
+		if got["200"] != 1 || own != 11 {
+			t.Errorf("60 copies are answered %v, and then its client gets %d tokens, want 1 and 11", got, own)
+		}
+	})
 }
 
 // Without PostgreSQL there is no token, and afterwards at most one.
