@@ -273,6 +273,7 @@ func (s *server) enterLane(r *request) (leave func(), err error) {
 	case room <- struct{}{}:
 	default:
 		last.setHeaders(r.out)
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
 		return nil, errAddressLimited
 	}
 	if err := lane.enter(r.Context()); err != nil {

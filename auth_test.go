@@ -114,7 +114,7 @@ func TestLateRequestsAreNoOutageOfRedis(t *testing.T) {
 // the others are refused.
 func TestAddressOverItsLimitHasOneAssertionAtATime(t *testing.T) {
 	t.Parallel()
-	s := &server{rooms: newLanes(maxInRoom), lanes: newLanes(1)}
+	s := &server{rooms: newLanes(maxInRoom), lanes: newLanes(1), meter: newMeter()}
 	enter := func(address string) (func(), http.Header, error) {
 		r := &request{Request: (&http.Request{}).WithContext(t.Context()), addr: netip.MustParseAddr(address), out: http.Header{}}
 		leave, err := s.enterLane(r)
