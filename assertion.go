@@ -46,8 +46,7 @@ func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
 	return accept(clients[i], a, true)
 }
 
-// accept is the client that has shown an assertion, unless it may do nothing, or that is
-// good once and was used before.
+// accept is the client that showed an assertion, unless it may do nothing or used it before.
 func accept(o client, a assertion, once bool) (client, error) {
 	switch {
 	case o.refusal() != nil:

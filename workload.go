@@ -203,9 +203,10 @@ func (i *trustedIssuer) find(ctx context.Context, kid string) ([]jwk, error) {
 
 // ask begins to fetch the keys, and returns what is closed at the end of that.
 func (i *trustedIssuer) ask() chan struct{} {
-	i.tried, i.fetching = time.Now(), make(chan struct{})
+	done := make(chan struct{})
+	i.tried, i.fetching = time.Now(), done
 	go i.fetch()
-	return i.fetching
+	return done
 }
 
 func (i *trustedIssuer) named(kid string) []jwk {
