@@ -260,6 +260,9 @@ func (a assertion) check(now time.Time, life time.Duration, types, audiences []s
 	if a.claims["cnf"] != nil {
 		return flaw("must not be bound to a key by cnf, since that isn't asked for here")
 	}
+	if a.claims["act"] != nil { // who has it is not its sub (RFC 8693, section 4.1)
+		return flaw("must not have act: it is of one that acts for its sub, and is not that")
+	}
 	for _, name := range []string{"iat", "nbf"} {
 		if t, ok := a.claims[name].(float64); a.claims[name] != nil && (!ok || t > at+clockSkew) {
 			return flaw(fmt.Sprintf("must have %s in the past, in seconds since 1970, or none", name))
