@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -15,7 +14,8 @@ import (
 
 const (
 	assertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
-	maxKeysTried  = 5 // where the assertion doesn't say which
+	maxKeysTried  = 5  // where the assertion doesn't say which
+	maxKnown      = 64 // keys of a client, and credentials of one workload: the newest
 )
 
 // checkAssertion returns whose key has signed it. It is good once, on all copies: who
@@ -39,30 +39,14 @@ func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
 	if err != nil {
 		return o, err
 	}
-	var keys []jwk
-	for _, o := range clients {
-		keys = append(keys, o.key)
-	}
-	i, err := s.signedBy(r, a, keys)
-	if err != nil || i < 0 {
-		return o, cmp.Or(err, error(errBadAssertion))
+	i := slices.IndexFunc(clients, func(o client) bool { return o.key.verifies(a) })
+	if i < 0 {
+		return o, errBadAssertion
 	}
 	return accept(clients[i], a, true)
 }
 
-// signedBy returns which of these keys has signed it, or -1. An address has one
-// assertion verified at a time, so that wrong ones leave the other cores to others.
-func (s *server) signedBy(r *request, a assertion, keys []jwk) (int, error) {
-	lane := s.proofs.of(addressKey(r.addr))
-	if err := lane.enter(r.Context()); err != nil {
-		return -1, err
-	}
-	defer lane.leave()
-	return slices.IndexFunc(keys, func(k jwk) bool { return k.verifies(a) }), nil
-}
-
-// accept is the client that has shown an assertion, unless it may do nothing, or that is
-// good once and was used before.
+// accept is the client that showed an assertion, unless it may do nothing or used it before.
 func accept(o client, a assertion, once bool) (client, error) {
 	switch {
 	case o.refusal() != nil:
@@ -83,8 +67,7 @@ const replayed = flaw("was used before; each needs a jti of its own")
 // remembered if it was used.
 type shown struct{ clientID, kid, issuer, subject, use string }
 
-// loadSigners returns of each the clients that may have signed it, once for each
-// credential, the newest first.
+// loadSigners returns of each who may have signed it, by the newest credential first.
 func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, error) {
 	var ids, kids, issuers, subjects, uses []string
 	for _, x := range list {
@@ -99,10 +82,13 @@ func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, err
 		from shown
 		cross join lateral (
 			select `+clientColumns+`, c.public_key, '{}'::json
-			from credentials c
+			from (
+				select * from credentials
+				where client_id = nullif(shown.id, '')::uuid and kind = 'key'
+				order by credential_id desc
+				limit $7) as c
 			join agents a on a.agent_id = c.client_id
-			where c.client_id = nullif(shown.id, '')::uuid and c.kind = 'key' and (a.status = 'decommissioned' or
-					c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp()))
+			where (a.status = 'decommissioned' or c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp()))
 				and shown.kid in ('', c.key_thumbprint, c.public_key ->> 'kid')
 			order by c.credential_id desc
 			limit $6) as own
@@ -116,10 +102,11 @@ func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, err
 			join agents a on a.agent_id = c.client_id
 			where c.workload ->> 'subject' = shown.subject and c.workload ->> 'issuer' = shown.issuer and shown.id in ('', c.client_id::text)
 				and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())
-			offset 0) as theirs -- or all credentials would be read, to be joined
+			order by c.credential_id desc
+			limit $7) as theirs
 		where shown.issuer <> ''
 		order by i, credential_id desc`,
-		ids, kids, issuers, subjects, uses, maxKeysTried)
+		ids, kids, issuers, subjects, uses, maxKeysTried, maxKnown)
 	var o client
 	var i int
 	clients := make([][]client, len(list))

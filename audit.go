@@ -108,6 +108,16 @@ func (s *server) record(r *request, e event, needs, asks []origin) func() (found
 	}
 }
 
+// useUp has the assertion that the caller showed used up, where there is one and nothing
+// comes of it: else who has seen it could ask for that again and again.
+func (s *server) useUp(r *request) error {
+	if r.caller.use.id == "" {
+		return nil
+	}
+	_, err := s.record(r, event{facts: facts{}}, []origin{r.caller.origin}, nil)()
+	return err
+}
+
 // storeEvents stores the events of concurrent requests in one transaction.
 // It tells of each what was found.
 func (s *server) storeEvents(ctx context.Context, entries []entry) ([]found, error) {
@@ -143,6 +153,11 @@ func (s *server) refused(r *request, e event, why error) error {
 func (s *server) recordRefusal(r *request, err error) error {
 	rt := r.route
 	p, ok := errors.AsType[*problem](err)
+	if ok && (p.status == http.StatusBadRequest || p.status == http.StatusForbidden) {
+		if err := s.useUp(r); err != nil {
+			return err
+		}
+	}
 	if !ok || rt.records == "" || r.caller.AgentID == "" ||
 		!slices.Contains([]int{http.StatusUnauthorized, http.StatusForbidden, http.StatusConflict}, p.status) {
 		return err

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 )
@@ -195,8 +197,9 @@ func (s *server) tradesAssertion(r *request) bool {
 }
 
 // authenticateByAssertion takes an assertion in place of a secret. Whatever is wrong
-// with it counts as a failure of its address; one that is right is not refused for
-// others of that, however many.
+// with it counts as a failure of its address. Of an address that is over its limit
+// one at a time is looked at, few wait, and the rest is refused: so a right one still
+// has its chance, and wrong ones take neither places nor cores from others.
 func (s *server) authenticateByAssertion(r *request) error {
 	text, kind, name := r.form.Get("client_assertion"), r.form.Get("client_assertion_type"), "client_assertion"
 	asGrant, bad := s.tradesAssertion(r), errBadAssertion
@@ -211,6 +214,11 @@ func (s *server) authenticateByAssertion(r *request) error {
 	case !asGrant && (text == "" || kind != assertionType && kind != spiffeAssertion):
 		return errForm.because("There must be both client_assertion and client_assertion_type=" + assertionType + ".")
 	}
+	leave, err := s.enterLane(r)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	var o client
 	issuers := *s.issuers.Load()
 	a, err := readAssertion(text)
@@ -223,6 +231,11 @@ func (s *server) authenticateByAssertion(r *request) error {
 	default:
 		o, err = s.checkAssertion(r, a)
 	}
+	if err == nil && o.use.id != "" {
+		if _, twice := s.inUse.LoadOrStore(o.use.id, true); twice { // on this copy, or it would spend the window of its client
+			err = replayed
+		}
+	}
 	saying := func(f flaw) *problem { return bad.because("The " + name + " " + string(f) + ".") }
 	if fault, ok := errors.AsType[flaw](err); ok {
 		err = saying(fault)
@@ -233,7 +246,7 @@ func (s *server) authenticateByAssertion(r *request) error {
 		r.caller = o.caller
 		r.caller.use.again = saying(replayed) // by one that comes at the same time
 		return nil
-	case !refused || why.status == http.StatusServiceUnavailable || why.oauth == errForm.oauth: // a fault, or a right one that lacks something
+	case !refused || why.status == http.StatusServiceUnavailable: // a fault
 		return err
 	}
 	if _, err := s.admitFailure(r.Context(), addressKey(r.addr), r.out); err != nil {
@@ -244,6 +257,30 @@ func (s *server) authenticateByAssertion(r *request) error {
 		f["workload"] = o.proved
 	}
 	return s.refused(r, newEvent(authFailed, o.AgentID, f), why)
+}
+
+const maxInRoom = 16
+
+// enterLane waits for an address that is over its limit, or refuses where too many do.
+func (s *server) enterLane(r *request) (leave func(), err error) {
+	address := addressKey(r.addr)
+	last, found := s.limited.get(sha256.Sum256([]byte(address)))
+	if !found || time.Now().After(last.until) {
+		return func() {}, nil
+	}
+	room, lane := s.rooms.of(address), s.lanes.of(address)
+	select {
+	case room <- struct{}{}:
+	default:
+		last.setHeaders(r.out)
+		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
+		return nil, errAddressLimited
+	}
+	if err := lane.enter(r.Context()); err != nil {
+		room.leave()
+		return nil, err
+	}
+	return func() { lane.leave(); room.leave() }, nil
 }
 
 // clientSecret finds the one client_id and secret in a request.

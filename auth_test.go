@@ -1,7 +1,7 @@
 package main
 
 import (
-	"context"
+	"crypto/sha256"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -110,31 +110,62 @@ func TestLateRequestsAreNoOutageOfRedis(t *testing.T) {
 	}
 }
 
-// Assertions of one address are verified one after another, and keep nobody else from it.
-func TestAssertionsOfAnAddressAreVerifiedInTurn(t *testing.T) {
+// Of an address that is over its limit one assertion at a time is looked at, few wait, and
+// the others are refused.
+func TestAddressOverItsLimitHasOneAssertionAtATime(t *testing.T) {
 	t.Parallel()
-	s := &server{proofs: newLanes()}
-	from := func(address string, ctx context.Context) *request {
-		return &request{Request: (&http.Request{}).WithContext(ctx), addr: netip.MustParseAddr(address)}
+	s := &server{rooms: newLanes(maxInRoom), lanes: newLanes(1), meter: newMeter()}
+	enter := func(address string) (func(), http.Header, error) {
+		r := &request{Request: (&http.Request{}).WithContext(t.Context()), addr: netip.MustParseAddr(address), out: http.Header{}}
+		leave, err := s.enterLane(r)
+		return leave, r.out, err
 	}
-	lane := s.proofs.of("ip:192.0.2.1")
-	if err := lane.enter(t.Context()); err != nil {
-		t.Fatal(err)
+	for range 2 { // nothing is known of it
+		if _, _, err := enter("192.0.2.1"); err != nil {
+			t.Error(err)
+		}
 	}
-	ended, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := s.signedBy(from("192.0.2.1", ended), assertion{}, nil); err == nil {
-		t.Error("two of one address are verified at the same time")
+	v := verdict{state: "limited", limit: 10, current: 10, now: time.Now().UnixMilli()}
+	s.limited.put(sha256.Sum256([]byte("ip:192.0.2.1")), refusal{v, time.Now().Add(time.Hour)})
+	leave, _, err := enter("192.0.2.1")
+	if err != nil {
+		t.Fatal("a right one has no chance:", err)
+	}
+	entered := make(chan func(), maxInRoom)
+	for range maxInRoom - 1 {
+		go func() {
+			next, _, err := enter("192.0.2.1")
+			if err != nil {
+				t.Error("one that may wait:", err)
+			}
+			entered <- next
+		}()
+	}
+	for len(s.rooms.of("ip:192.0.2.1")) < maxInRoom {
+		time.Sleep(time.Millisecond)
+	}
+	if len(entered) > 0 {
+		t.Error("two of one address are looked at at the same time")
+	}
+	if _, header, err := enter("192.0.2.1"); err != errAddressLimited || header.Get("Retry-After") == "" {
+		t.Errorf("one too many: %v, %v", err, header)
 	}
 	other := 1 // but one may share the lane
-	for s.proofs.of(fmt.Sprintf("ip:198.51.100.%d", other)) == lane {
+	for s.lanes.of(fmt.Sprintf("ip:198.51.100.%d", other)) == s.lanes.of("ip:192.0.2.1") || s.rooms.of(fmt.Sprintf("ip:198.51.100.%d", other)) == s.rooms.of("ip:192.0.2.1") {
 		other++
 	}
-	if _, err := s.signedBy(from(fmt.Sprintf("198.51.100.%d", other), t.Context()), assertion{}, nil); err != nil {
-		t.Error("one of another address is not:", err)
+	s.limited.put(sha256.Sum256(fmt.Appendf(nil, "ip:198.51.100.%d", other)), refusal{v, time.Now().Add(time.Hour)})
+	if _, _, err := enter(fmt.Sprintf("198.51.100.%d", other)); err != nil {
+		t.Error("one of another address:", err)
 	}
-	lane.leave()
-	if i, err := s.signedBy(from("192.0.2.1", t.Context()), assertion{}, nil); i != -1 || err != nil {
-		t.Errorf("signedBy = %d, %v when it is its turn", i, err)
+	leave()
+	for range maxInRoom - 1 {
+		(<-entered)()
+	}
+	s.limited.put(sha256.Sum256([]byte("ip:192.0.2.1")), refusal{v, time.Now().Add(-time.Second)})
+	for range 2 * maxInRoom {
+		if _, _, err := enter("192.0.2.1"); err != nil {
+			t.Error("when its time has passed:", err)
+		}
 	}
 }

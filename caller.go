@@ -232,7 +232,7 @@ func tellLives(rows pgx.Rows, of []origin) ([]life, error) {
 func askFirst(b *pgx.Batch, uses []use) (first map[string]bool) {
 	ids, ends := make([]string, len(uses)), make([]time.Time, len(uses))
 	for i, u := range uses {
-		ids[i], ends[i] = u.id, u.end.Add(time.Minute)
+		ids[i], ends[i] = u.id, u.end.Add(clockTrust+time.Minute)
 	}
 	first = map[string]bool{}
 	if len(uses) > 0 {

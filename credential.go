@@ -346,7 +346,7 @@ type vault struct {
 }
 
 func newVault() *vault {
-	v := &vault{making: make(slots, 1), comparing: make(slots, max(1, runtime.GOMAXPROCS(0)/2)), waiting: make(slots, maxWaiting), lanes: newLanes()}
+	v := &vault{making: make(slots, 1), comparing: make(slots, max(1, runtime.GOMAXPROCS(0)/2)), waiting: make(slots, maxWaiting), lanes: newLanes(1)}
 	rand.Read(v.key[:])
 	return v
 }

@@ -224,7 +224,7 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), requestTimeout)
 	defer cancel()
 	r.Request = r.WithContext(ctx)
-	defer s.inFlight.Add(-1)
+	defer func() { s.inFlight.Add(-1); s.inUse.Delete(r.caller.use.id) }()
 	if s.inFlight.Add(1) > maxInFlight {
 		return nil, errBusy
 	}

@@ -13,9 +13,8 @@ import (
 )
 
 const (
-	keepEvery  = wellFor / 4
-	clockTold  = 2 * time.Second // what PostgreSQL's clock and ours may be apart without a word
-	clockTrust = 5 * time.Minute // and at all
+	keepEvery = wellFor / 4
+	clockTold = 2 * time.Second // what PostgreSQL's clock and ours may be apart without a word; clockTrust at all
 )
 
 // startKeeper starts what watches over both stores and the clock, and returns

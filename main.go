@@ -44,6 +44,7 @@ import (
 	"os/signal"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -232,7 +233,10 @@ type server struct {
 	inner    *pgxpool.Pool                             // for the recorder, the keeper and lookups, which requests must not hold up
 	redis    *cache
 	vault    *vault
-	proofs   *lanes // for assertions that are verified
+	limited  memo[refusal] // of addresses, the last one
+	inUse    sync.Map      // ids of assertions by which something is asked just now
+	rooms    *lanes        // for assertions of those, which wait there in lanes
+	lanes    *lanes
 	recorder *queue[entry, found]
 	lookups  *queue[secretKey, client]
 	signers  *queue[shown, []client]
@@ -292,7 +296,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), proofs: newLanes()}
+	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), rooms: newLanes(maxInRoom), lanes: newLanes(1)}
 	s.recorder = newQueue(s.storeEvents)
 	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]client, error) {
 		return loadSecretOwners(ctx, inner, shown)

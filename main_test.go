@@ -171,7 +171,7 @@ func TestPageHasEveryTimeAndSize(t *testing.T) {
 		"requestTimeout": requestTimeout, "storeTimeout": storeTimeout, "redisTimeout": redisTimeout, "idleTime": idleTime, "keysEvery": keysEvery,
 		"wellFor": wellFor, "keepEvery": keepEvery, "clockTold": clockTold, "clockTrust": clockTrust,
 		"maxBodies": maxBodies, "maxBodiesOf": maxBodiesOf, "bodyTime": bodyTime, "bodyPace": bodyPace,
-		"readTime": readTime, "maxWaiting": maxWaiting, "maxBody": maxBody, "maxHeader": maxHeader, "maxInFlight": maxInFlight, "queueSize": queueSize,
+		"readTime": readTime, "maxInRoom": maxInRoom, "maxWaiting": maxWaiting, "maxBody": maxBody, "maxHeader": maxHeader, "maxInFlight": maxInFlight, "queueSize": queueSize,
 		"batchSize": batchSize, "memoSize": memoSize, "maxTokenTTL": maxTokenTTL, "clockSkew": clockSkew, "assertionLife": assertionLife,
 		"workloadLife": workloadLife, "keysAgain": keysAgain, "keysFresh": keysFresh, "keysLast": keysLast, "fetchTimeout": fetchTimeout,
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -77,6 +78,12 @@ type verdict struct {
 	now               int64  // Redis's clock, in milliseconds since 1970
 }
 
+// A refusal holds for a while.
+type refusal struct {
+	verdict
+	until time.Time
+}
+
 // admit asks admitScript. Owner is a window of a client, or "ip:" and an
 // address; month is the quota's counter, "" for none; counted is what PostgreSQL
 // knows of it. Limit is that of the window, and quota that of the month.
@@ -106,6 +113,7 @@ func (s *server) admit(ctx context.Context, owner string, limit int, month strin
 func (s *server) admitFailure(ctx context.Context, address string, out http.Header) (v verdict, err error) {
 	if v = s.admit(ctx, address, s.cfg.rateLimit, "", 0, 0); v.state == "limited" {
 		v.setHeaders(out)
+		s.limited.put(sha256.Sum256([]byte(address)), refusal{v, time.Now().Add(time.Duration(v.wait()) * time.Second)})
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
 		err = errAddressLimited
 	}
@@ -233,16 +241,16 @@ func (p slots) enter(ctx context.Context) error {
 
 func (p slots) leave() { <-p }
 
-// Lanes have one place for each address. Some share one, nobody knows which.
+// Lanes have so many places for each address. Some share one, nobody knows which.
 type lanes struct {
 	seed maphash.Seed
 	all  [1 << 10]slots
 }
 
-func newLanes() *lanes {
+func newLanes(places int) *lanes {
 	l := &lanes{seed: maphash.MakeSeed()}
 	for i := range l.all {
-		l.all[i] = make(slots, 1)
+		l.all[i] = make(slots, places)
 	}
 	return l
 }

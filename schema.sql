@@ -117,6 +117,7 @@ begin
 end $$;
 create unique index if not exists credentials_key_thumbprint on credentials (key_thumbprint) where status = 'active';
 create index if not exists credentials_workload on credentials ((workload ->> 'subject')) where status = 'active';
+create index if not exists credentials_keys on credentials (client_id, credential_id) where kind = 'key'; -- since version 5
 create unique index if not exists credentials_secret_prefix on credentials (secret_prefix);
 create index if not exists credentials_client_id on credentials (client_id, credential_id);
 ---

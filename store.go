@@ -227,6 +227,8 @@ func (p *pulse) within(age time.Duration) bool {
 
 func (p *pulse) well() bool { return p.within(wellFor) }
 
+const clockTrust = 5 * time.Minute // what PostgreSQL's clock and ours may be apart
+
 // A reading is what PostgreSQL's clock said, and when that was here.
 type reading struct{ there, here time.Time }
 

@@ -209,12 +209,8 @@ func (s *server) introspectToken(r *request) (any, error) {
 // more than it is needed: a clock may be wrong, and be set right again.
 func (s *server) revokeToken(r *request) (any, error) {
 	c, err := s.keys.Load().verify(r.form.Get("token"), s.cfg.issuer)
-	if err != nil && r.caller.use.id == "" {
-		return struct{}{}, nil
-	}
-	if err != nil { // nothing happens, and the assertion is used
-		_, err := s.record(r, event{facts: facts{}}, []origin{r.caller.origin}, nil)()
-		return struct{}{}, err
+	if err != nil {
+		return struct{}{}, s.useUp(r)
 	}
 	useless := time.Unix(c.Expires, 0).Add(24 * time.Hour)
 	e := newEvent(tokenRevoked, c.ClientID, facts{"jti": c.ID})

@@ -99,7 +99,7 @@ func parseWorkloads(text string) (cfg workloadConfig, err error) {
 		return cfg, errors.New("it is no JSON of this form, or something follows it")
 	}
 	for name, i := range cfg.issuers {
-		if i == nil || name == "" || len(name) > 512 || (i.JWKS == nil) == (i.JWKSURI == "") {
+		if i == nil || name == "" || len(name) > 512 || strings.ContainsFunc(name, unicode.IsControl) || (i.JWKS == nil) == (i.JWKSURI == "") {
 			return cfg, errors.New("each issuer must have a name, and either jwks or jwksUri")
 		}
 		if u, err := url.Parse(i.JWKSURI); i.JWKS == nil && (err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil) {
@@ -203,9 +203,10 @@ func (i *trustedIssuer) find(ctx context.Context, kid string) ([]jwk, error) {
 
 // ask begins to fetch the keys, and returns what is closed at the end of that.
 func (i *trustedIssuer) ask() chan struct{} {
-	i.tried, i.fetching = time.Now(), make(chan struct{})
+	done := make(chan struct{})
+	i.tried, i.fetching = time.Now(), done
 	go i.fetch()
-	return i.fetching
+	return done
 }
 
 func (i *trustedIssuer) named(kid string) []jwk {
@@ -264,8 +265,8 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 	if len(keys) > maxKeysTried {
 		return o, flaw(fmt.Sprintf("must say by its kid which of the more than %d keys of its issuer has signed it", maxKeysTried))
 	}
-	if i, err := s.signedBy(r, a, keys); err != nil || i < 0 {
-		return o, cmp.Or(err, error(flaw("is not signed by a key of its issuer")))
+	if !slices.ContainsFunc(keys, func(k jwk) bool { return k.verifies(a) }) {
+		return o, flaw("is not signed by a key of its issuer")
 	}
 	if o, err = s.findWorkload(r, a); err == nil {
 		o, err = accept(o, a, trusted.SingleUse)
@@ -305,9 +306,12 @@ func (s *server) findWorkload(r *request, a assertion) (found client, err error)
 	return found, nil
 }
 
+const maxCut = 1000 // agents in one transaction, so that nobody waits for long behind it
+
 // revokeWorkloads ends all credentials of an issuer, and with them all tokens that came
-// from it: it was broken into. Whoever may not do that to each of the agents does
-// it to none.
+// from it: it was broken into. Whoever may not do that to each of the agents, or would
+// leave nobody to manage them, does it to none. What was ended stays so where time runs
+// out, and the next such request goes on.
 func (s *server) revokeWorkloads(r *request) (any, error) {
 	in := readQuery(r)
 	issuer := take(in, "workloadIssuer", matching("must be an issuer of workloads", func(s string) bool {
@@ -319,47 +323,56 @@ func (s *server) revokeWorkloads(r *request) (any, error) {
 	if err := in.problem(); err != nil {
 		return nil, err
 	}
-	whom := func(ctx context.Context, tx pgx.Tx) ([]string, error) {
-		rows, _ := tx.Query(ctx, `
-			select distinct client_id::text
-			from credentials
-			where workload ->> 'issuer' = $1 and status = 'active'`, *issuer)
+	const theirs = `
+		from credentials c
+		join agents a on a.agent_id = c.client_id
+		where c.workload ->> 'issuer' = $1 and c.status = 'active'`
+	var held []string
+	err := s.db.QueryRow(r.Context(), `select array(select distinct unnest(a.capabilities)`+theirs+`)`, *issuer).Scan(&held)
+	if err == nil {
+		err = r.caller.mayGrant(held)
+	}
+	whom := func(ctx context.Context, tx pgx.Tx) ([]string, error) { // who manages agents first, and the caller last
+		rows, _ := tx.Query(ctx, `select a.agent_id::text`+theirs+`
+			group by a.agent_id order by a.agent_id = $2, $3 = any(a.capabilities) desc limit $4`, *issuer, r.caller.AgentID, agentsWrite, maxCut)
 		return pgx.CollectRows(rows, pgx.RowTo[string])
 	}
-	return nil, s.changeAll(r, whom, func(ctx context.Context, tx pgx.Tx, agents []string) (events []event, err error) {
-		rows, _ := tx.Query(ctx, `
-			select `+agentColumns+`
-			from agents
-			where agent_id = any($1)`, agents)
-		concerned, err := pgx.CollectRows(rows, pgx.RowToStructByName[agent])
-		for _, a := range concerned {
-			err = cmp.Or(err, r.caller.mayGrant(a.Capabilities))
-		}
-		if err != nil {
-			return nil, err
-		}
-		rows, _ = tx.Query(ctx, revokeCredentials+`client_id = any($1) and workload ->> 'issuer' = $2 and status = 'active'
-			returning client_id::text, credential_id::text`, agents, *issuer)
-		var agentID, credentialID string
-		_, err = pgx.ForEachRow(rows, []any{&agentID, &credentialID}, func() error {
-			events = append(events, newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID, "workloadIssuer": *issuer}))
-			return nil
+	ended := 0
+	for left := true; left && err == nil; {
+		err = s.changeAll(r, whom, func(ctx context.Context, tx pgx.Tx, agents []string) (events []event, err error) {
+			events, err = cut(ctx, tx, r.caller, agents, *issuer)
+			ended, left = ended+len(events), len(agents) > 0 && !slices.Contains(agents, r.caller.AgentID)
+			return events, err
 		})
-		if err == nil && events == nil {
-			err = errNoCredential.because("No active credential is of this issuer.")
-		}
-		if err == nil && slices.ContainsFunc(concerned, manages) {
-			err = wantManager(ctx, tx)
-		}
-		if err == nil { // none is to be left whose event comes before that of the cut
-			err = execSQL(ctx, tx, "locking the chain", `select pg_advisory_xact_lock($1)`, chainLock)
-		}
-		if err == nil {
-			agents, err = whom(ctx, tx)
-		}
-		if err == nil && len(agents) > 0 {
-			err = errUnavailable.because("A workload of this issuer was given a credential meanwhile; try again.")
-		}
-		return events, err
+	}
+	if err == nil && ended == 0 {
+		err = errNoCredential.because("No active credential is of this issuer.")
+	}
+	return nil, err
+}
+
+// cut ends the credentials of an issuer that these agents have.
+func cut(ctx context.Context, tx pgx.Tx, c caller, agents []string, issuer string) (events []event, err error) {
+	rows, _ := tx.Query(ctx, `
+		select `+agentColumns+`
+		from agents
+		where agent_id = any($1)`, agents)
+	concerned, err := pgx.CollectRows(rows, pgx.RowToStructByName[agent])
+	for _, a := range concerned {
+		err = cmp.Or(err, c.mayGrant(a.Capabilities))
+	}
+	if err != nil {
+		return nil, err
+	}
+	rows, _ = tx.Query(ctx, revokeCredentials+`client_id = any($1) and workload ->> 'issuer' = $2 and status = 'active'
+		returning client_id::text, credential_id::text`, agents, issuer)
+	var agentID, credentialID string
+	_, err = pgx.ForEachRow(rows, []any{&agentID, &credentialID}, func() error {
+		events = append(events, newEvent(credentialRevoked, agentID, facts{"credentialId": credentialID, "workloadIssuer": issuer}))
+		return nil
 	})
+	if err == nil && slices.ContainsFunc(concerned, manages) {
+		err = wantManager(ctx, tx)
+	}
+	return events, err
 }

@@ -443,6 +443,7 @@ func saidWrong(v *service, h holder, id string) (bad []badAssertion) {
 	claim("must have an exp within 5m", "exp", now+1000, now+3600, now+365*86400, 1<<53, json.RawMessage("1e308"), json.RawMessage(strings.Repeat("9", 300)), (now+60)*1000)
 	missing("exp", "must have an exp that is to come")
 	form := "must be a signed JWT"
+	claim("must not have act", "act", members{"sub": id}, members{}, "", 1)
 	claim("must not be bound to a key by cnf", "cnf", members{"jkt": thumbprint(h.jwk)}, members{}, "", 1, []string{"x"})
 	for _, name := range []string{"exp", "iat", "nbf"} {
 		bad = append(bad, badAssertion{name + " 1e400", h.sign(h.header(), v.assertionClaims(id).with(members{name: json.RawMessage("1e400")})), form})
@@ -561,7 +562,7 @@ func TestGoodAssertionsAreTaken(t *testing.T) {
 		{"b64 that isn't critical", members{"b64": true}, nil},
 		{"a jti of 512", nil, members{"jti": strings.Repeat("x", 512)}},
 		{"a jti of anything", nil, members{"jti": "\x00\u202e'\"\\ é" + same}},
-		{"claims that nobody knows", nil, members{"scope": "agents:write", "client_id": v.id, "act": members{"sub": v.id}}},
+		{"claims that nobody knows", nil, members{"scope": "agents:write", "client_id": v.id}},
 	} {
 		a := v.byAssertion("", h.sign(h.header().with(row.header), v.assertionClaims(id).with(row.claims)))
 		if a.status != 200 || readClaims(t, a.text("access_token")).Subject != id || a.text("scope") != "a:b" {
@@ -738,11 +739,15 @@ func TestAssertionIsGoodOnce(t *testing.T) {
 			v.want(v.byAssertion("", text), 401, "invalid_client")
 		}
 	}
-	// One by which nothing came about, for what it says, what it is for, or a limit, is not
-	// used up; nor does a client that is over its limit leave anything behind.
+	// So does what is refused for what it asks, or its holder could spend its client's window.
+	for path, refused := range map[string][]string{"": {"400", "invalid_scope", "scope", "c:d"}, "/introspect": {"400", "invalid_request", "token", ""}} {
+		text := v.assertion(h, id)
+		v.want(v.byAssertion(path, text, refused[2:]...), 400, refused[1])
+		v.want(v.byAssertion(path, text, refused[2:]...), 401, "invalid_client")
+	}
+	// One that was sent over a limit is not used up; nor does a client that is over its
+	// limit leave anything behind.
 	text := v.assertion(h, id)
-	v.want(v.byAssertion("", text, "scope", "c:d"), 400, "invalid_scope")
-	v.want(v.byAssertion("/introspect", text, "token", ""), 400, "invalid_request")
 	v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"rateLimit": 1}`), 200, "")
 	v.want(v.byAssertion("", v.assertion(h, id)), 200, "")
 	uses := v.count(`select count(*) from token_revocations`)
@@ -1348,6 +1353,27 @@ func TestWrongAssertionsCountForTheAddressOnly(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Copies of an assertion that come at the same time leave its client what it may ask.
+func TestCopiesOfAnAssertionSpendNothing(t *testing.T) {
+	t.Parallel()
+	v := newService(t, "RATE_LIMIT_PER_MINUTE", "12")
+	id, _, h := v.newKeyClient("ES256", "a:b")
+	v.withinAMinute(func(int64, time.Duration) {
+		v.forget()
+		text := v.assertion(h, id)
+		got := tally(60, func(int) answer { return v.byAssertion("", text) })
+		own := 0
+		for range 12 {
+			if v.byAssertion("", v.assertion(h, id)).status == 200 {
+				own++
+			}
+		}
+		if got["200"] != 1 || own != 11 {
+			t.Errorf("60 copies are answered %v, and then its client gets %d tokens, want 1 and 11", got, own)
+		}
+	})
 }
 
 // Without PostgreSQL there is no token, and afterwards at most one.

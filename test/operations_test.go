@@ -286,7 +286,7 @@ func TestHangupWithWrongFilesKeepsTheKeys(t *testing.T) {
 		want            string // in the line of the log
 	}{
 		{"no private key", "-", "", "JWT_PRIVATE_KEY has a file that can't be read"},
-		{"an empty one", "", "", "JWT_PRIVATE_KEY is missing"},
+		{"an empty one", "", "", "JWT_PRIVATE_KEY has an empty file"},
 		{"no key at all", "canary", "", "JWT_PRIVATE_KEY is not right"},
 		{"half a key", other[:len(other)/2], "", "JWT_PRIVATE_KEY is not right"},
 		{"a public key", publicPEM(t, other), "", "JWT_PRIVATE_KEY is not right"},
