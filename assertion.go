@@ -18,8 +18,7 @@ const (
 	maxKnown      = 64 // keys of a client, and credentials of one workload: the newest
 )
 
-// checkAssertion returns whose key has signed it. It is good once, on all copies: who
-// has seen one on its way can't use it again.
+// checkAssertion returns whose key has signed it. It is good once, on all copies.
 func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
 	err = a.check(s.now(), assertionLife, []string{"JWT", "client-authentication+jwt"}, []string{s.cfg.issuer}, "iss", "sub", "jti")
 	if err != nil {

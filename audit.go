@@ -149,7 +149,8 @@ func (s *server) refused(r *request, e event, why error) error {
 }
 
 // recordRefusal records that an authenticated caller was refused a change, as
-// one also is that was cut off after it was let in.
+// one also is that was cut off after it was let in. Whatever it was refused for what
+// it asked, the assertion that it showed is used up.
 func (s *server) recordRefusal(r *request, err error) error {
 	rt := r.route
 	p, ok := errors.AsType[*problem](err)

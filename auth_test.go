@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
@@ -115,8 +116,10 @@ func TestLateRequestsAreNoOutageOfRedis(t *testing.T) {
 func TestAddressOverItsLimitHasOneAssertionAtATime(t *testing.T) {
 	t.Parallel()
 	s := &server{rooms: newLanes(maxInRoom), lanes: newLanes(1), meter: newMeter()}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // one that waits where it should be refused ends
+	defer cancel()
 	enter := func(address string) (func(), http.Header, error) {
-		r := &request{Request: (&http.Request{}).WithContext(t.Context()), addr: netip.MustParseAddr(address), out: http.Header{}}
+		r := &request{Request: (&http.Request{}).WithContext(ctx), addr: netip.MustParseAddr(address), out: http.Header{}}
 		leave, err := s.enterLane(r)
 		return leave, r.out, err
 	}

@@ -127,17 +127,18 @@ func usable(set map[string]any) (keys []jwk) {
 	return keys
 }
 
-// trust takes the place of the issuers that were trusted. What is known of the keys of
-// one that hasn't changed stays; those of others are asked for, before anybody waits.
+// trust takes the place of the issuers that were trusted. What is known of the keys of one
+// that hasn't changed stays; those of others come before, or in fetchTimeout they don't.
 func (s *server) trust(cfg workloadConfig) {
-	before := *s.issuers.Load()
+	before, asked := *s.issuers.Load(), sync.WaitGroup{}
 	for name, i := range cfg.issuers {
 		if old := before[name]; old != nil && i.JWKSURI != "" && old.JWKSURI == i.JWKSURI && old.SingleUse == i.SingleUse && old.AllowPrivate == i.AllowPrivate {
 			cfg.issuers[name] = old
 		} else if i.JWKSURI != "" {
-			i.ask()
+			asked.Go(func() { <-i.ask() })
 		}
 	}
+	asked.Wait()
 	s.issuers.Store(&cfg.issuers)
 }
 
@@ -278,10 +279,10 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 // findWorkload finds the one agent with a credential that names this workload; the
 // client_id chooses where there are several.
 func (s *server) findWorkload(r *request, a assertion) (found client, err error) {
-	none := flaw("is of a workload that no active credential names")
+	notBound := flaw("is of a workload that no active credential names")
 	x := shown{clientID: r.form.Get("client_id"), issuer: a.issuer, subject: a.sub, use: a.useID()}
 	if x.clientID != "" && !isID(x.clientID) {
-		return found, none
+		return found, notBound
 	}
 	clients, err := s.signers.put(r.Context(), x).wait()
 	if err != nil {
@@ -301,7 +302,7 @@ func (s *server) findWorkload(r *request, a assertion) (found client, err error)
 		}
 	}
 	if found.AgentID == "" {
-		return found, none
+		return found, notBound
 	}
 	return found, nil
 }
@@ -309,9 +310,9 @@ func (s *server) findWorkload(r *request, a assertion) (found client, err error)
 const maxCut = 1000 // agents in one transaction, so that nobody waits for long behind it
 
 // revokeWorkloads ends all credentials of an issuer, and with them all tokens that came
-// from it: it was broken into. Whoever may not do that to each of the agents, or would
-// leave nobody to manage them, does it to none. What was ended stays so where time runs
-// out, and the next such request goes on.
+// from it: it was broken into. Whoever may not do that to each of the agents does it to
+// none. What was ended stays so where time runs out, or nobody would be left to manage
+// agents, and the next such request goes on.
 func (s *server) revokeWorkloads(r *request) (any, error) {
 	in := readQuery(r)
 	issuer := take(in, "workloadIssuer", matching("must be an issuer of workloads", func(s string) bool {
@@ -351,7 +352,7 @@ func (s *server) revokeWorkloads(r *request) (any, error) {
 	return nil, err
 }
 
-// cut ends the credentials of an issuer that these agents have.
+// cut ends those that these agents have.
 func cut(ctx context.Context, tx pgx.Tx, c caller, agents []string, issuer string) (events []event, err error) {
 	rows, _ := tx.Query(ctx, `
 		select `+agentColumns+`

@@ -608,14 +608,7 @@ func TestAssertionsWaitForNoRequest(t *testing.T) {
 	id, _, key := v.newKeyClient("ES256", "a:b")
 	v.want(v.bind(id, cluster, screener, nil), 201, "")
 	held := v.newAgent("a:b")
-	tx, err := v.db.Begin(t.Context())
-	if err == nil {
-		_, err = tx.Exec(t.Context(), `select from agents where agent_id = $1 for update`, held)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback(t.Context())
+	tx := v.begun(`select from agents where agent_id = '` + held + `' for update`)
 	var changes sync.WaitGroup
 	var done atomic.Bool
 	defer done.Store(true)

@@ -233,16 +233,16 @@ func (p *program) locked() int {
 }
 
 // begun runs SQL in a transaction that the test ends.
-func (p *program) begun(sql string) pgx.Tx {
-	p.t.Helper()
-	tx, err := p.db.Begin(context.Background())
+func (v *service) begun(sql string) pgx.Tx {
+	v.t.Helper()
+	tx, err := v.db.Begin(context.Background())
 	if err == nil {
 		_, err = tx.Exec(context.Background(), sql)
 	}
 	if err != nil {
-		p.t.Fatal(err)
+		v.t.Fatal(err)
 	}
-	p.t.Cleanup(func() { tx.Rollback(context.Background()) })
+	v.t.Cleanup(func() { tx.Rollback(context.Background()) })
 	return tx
 }
 

@@ -58,7 +58,7 @@ func (p *program) hangup() (line string) {
 	p.cmd.Process.Signal(syscall.SIGHUP)
 	p.eventually("it has read its keys", func() bool {
 		for line = range strings.Lines(p.log.String()[before:]) {
-			if strings.Contains(line, `"msg":"keys `) {
+			if strings.Contains(line, `"msg":"keys read"`) || strings.Contains(line, `"msg":"keys not read, `) {
 				return true
 			}
 		}

@@ -480,14 +480,7 @@ func TestWorkloadBoundDuringTheCutIsNotLeft(t *testing.T) {
 	binderID, binderSecret := v.quickClient(agentsWrite)
 	binder := v.token(binderID, binderSecret, "") // two by one agent would wait for each other
 	v.want(v.bind(one, cluster, "one", nil), 201, "")
-	tx, err := v.db.Begin(t.Context())
-	if err == nil {
-		_, err = tx.Exec(t.Context(), `select from agents where agent_id = $1 for update`, one)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer tx.Rollback(t.Context())
+	tx := v.begun(`select from agents where agent_id = '` + one + `' for update`)
 	path := "/credentials?workloadIssuer=" + url.QueryEscape(cluster)
 	cut := make(chan answer, 1)
 	go func() { cut <- v.api(v.bearer, "DELETE", path, "") }()
@@ -526,11 +519,9 @@ func TestLargeIssuerIsCutOff(t *testing.T) {
 	weak := v.token(v.id, v.secret, agentsWrite)
 	v.want(v.api(weak, "DELETE", path, ""), 403, "FORBIDDEN")
 	v.exec(`update agents set capabilities = '{agents:write}' where email = 'many2000@example.com'`)
-	v.exec(`update credentials set status = 'revoked', revoked_at = now() where client_id = '` + v.id + `' and kind <> 'secret'`)
 	if left() != n {
 		t.Errorf("a refused cut has ended %d", n-left())
 	}
-	before := v.count(`select count(*) from audit_events`)
 	v.want(v.api(weak, "DELETE", path, ""), 204, "")
 	if left() != 0 || v.active(token) {
 		t.Errorf("the cut has left %d", left())
@@ -539,7 +530,7 @@ func TestLargeIssuerIsCutOff(t *testing.T) {
 		t.Errorf("%d credentials have ended, with %d events", n, events)
 	}
 	if of := v.count(`select count(distinct xmin::text) from audit_events where action = 'credential.revoked' and outcome = 'success'`); of != 3 {
-		t.Errorf("they have ended in %d transactions behind event %d, want 3", of, before)
+		t.Errorf("they have ended in %d transactions, want 3", of)
 	}
 	v.checkChain()
 }
@@ -818,8 +809,6 @@ func TestIssuersServeTheirKeys(t *testing.T) {
 	id := p.newAgent("a:b")
 	p.want(p.bind(id, cluster, screener, nil), 201, "")
 	assertion := h.vouch(p.workloadClaims(cluster, screener))
-	haveCome := func() bool { return p.byGrant(assertion).status != 503 }
-	p.eventually("the keys have come", haveCome) // as they do by themselves
 	p.wantBoth("keys of a server", assertion, true)
 	if n := server.asked.Load(); n != 1 {
 		t.Errorf("keys were asked for %d times, want once", n)
@@ -880,7 +869,6 @@ func TestIssuersServeTheirKeys(t *testing.T) {
 	server.publish(next)
 	write(issuers.String())
 	p.hangup()
-	p.eventually("the keys have come again", haveCome)
 	p.wantBoth("rotated", next.vouch(p.workloadClaims(cluster, screener)), true)
 	p.wantBoth("the key before", assertion, false)
 }

@@ -73,7 +73,7 @@ func newWorld(ctx context.Context, program string) (*world, error) {
 		return w, err
 	}
 	w.base = "http://localhost:" + port
-	env := w.environment("PORT="+port, "ISSUER="+w.base, "JWT_PRIVATE_KEY_FILE="+w.keyFile, "RATE_LIMIT_PER_MINUTE=1000")
+	env := w.environment("PORT="+port, "ISSUER="+w.base, "JWT_PRIVATE_KEY_FILE="+w.keyFile)
 	bootstrap := exec.CommandContext(ctx, program, "bootstrap", "acceptance@example.com")
 	bootstrap.Env = env
 	bootstrap.Stderr = os.Stderr
@@ -105,7 +105,8 @@ func newWorld(ctx context.Context, program string) (*world, error) {
 }
 
 func (w *world) environment(more ...string) []string {
-	env := []string{"HOST=127.0.0.1", "METRICS_ADDR=", "DRAIN_TIME=1s", "MAX_AGENTS=0"} // several copies run at once
+	env := []string{"HOST=127.0.0.1", "METRICS_ADDR=", "DRAIN_TIME=1s", "MAX_AGENTS=0", // several copies run at once
+		"RATE_LIMIT_PER_MINUTE=1000"} // and count together, for one address
 	for _, name := range []string{"PATH", "DATABASE_URL", "REDIS_URL"} {
 		env = append(env, name+"="+os.Getenv(name))
 	}
