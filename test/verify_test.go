@@ -44,8 +44,8 @@ func TestVerifyIsSmallAndNeedsNothing(t *testing.T) {
 			}
 		}
 	}
-	if lines == 0 || lines >= 250 {
-		t.Errorf("verify/ has %d lines, want less than 250, which who uses it reads", lines)
+	if lines == 0 || lines >= 275 {
+		t.Errorf("verify/ has %d lines, want less than 275, which who uses it reads", lines)
 	}
 	version := regexp.MustCompile(`(?m)^go .*$`).FindString(readFile(t, "go.mod"))
 	if got, want := readFile(t, "verify/go.mod"), "module agentidp/verify\n\n"+version+"\n"; got != want {

@@ -39,6 +39,7 @@ const (
 // A Verifier verifies tokens of one issuer for one service. Many goroutines may use it at once.
 type Verifier struct {
 	Client           *http.Client // fetches the keys, and follows no redirect; may be replaced before the first token comes
+	Proof            Proof        // nil where the service checks none: tokens that are bound to a key are refused
 	issuer, audience string
 	address          *http.Request // of the keys
 
@@ -49,6 +50,10 @@ type Verifier struct {
 	failed   error             // why that has
 	fetching chan struct{}     // closed when the one under way is over; nil where there is none
 }
+
+// A Proof fails, with a Refusal where it is bad, if a request has no proof of the key with this thumbprint, and of the token, that
+// came for the first time (RFC 9449, section 4.3). It may be set before the first token comes.
+type Proof func(r *http.Request, token, thumbprint string) error
 
 // A key tells whether a signature is its own, of what has this digest.
 type key func(digest, sig []byte) bool
@@ -72,6 +77,7 @@ type Claims struct {
 	ID       string // of the token, as in the audit log
 	Scopes   []string
 	Expires  time.Time
+	Key      string // thumbprint of the one whose holder alone may show it (RFC 9449, section 6.1), "" if anyone may
 }
 
 // Has tells whether the token has a scope. As AgentIdP has it, scores:* covers scores:write.
@@ -89,18 +95,30 @@ func FromContext(ctx context.Context) Claims {
 }
 
 // Middleware lets requests through that have a token with all of these scopes in their Authorization header (RFC 6750,
-// section 2.1). It answers others: 401, or 403 where a scope is missing (section 3), and 503 where Verify can't tell.
+// section 2.1), and Proof of one that is bound to a key. It answers others: 401, or 403 where a scope is missing (section 3),
+// and 503 where Verify or Proof can't tell.
 func (v *Verifier) Middleware(scopes ...string) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-			claims, err := v.Verify(r.Context(), strings.TrimLeft(token, " "))
+			token = strings.TrimLeft(token, " ")
+			claims, err := v.Verify(r.Context(), token)
+			byProof := v.Proof != nil && strings.EqualFold(scheme, "DPoP")
+			status, kind, code := http.StatusUnauthorized, "Bearer", "invalid_token"
+			if byProof || claims.Key != "" {
+				kind = "DPoP"
+			}
+			if err == nil && byProof != (claims.Key != "") { // RFC 9449, section 7.2
+				err = Refusal("A token that is bound to a key comes by DPoP and with a proof, and others by Bearer.")
+			} else if err == nil && byProof {
+				code, err = "invalid_dpop_proof", v.Proof(r, token, claims.Key)
+			}
 			refusal, refused := errors.AsType[Refusal](err)
-			status, challenge := http.StatusUnauthorized, fmt.Sprintf("Bearer realm=%q", v.audience)
+			challenge := fmt.Sprintf("%s realm=%q", kind, v.audience)
 			switch {
-			case !strings.EqualFold(scheme, "Bearer"): // nothing was tried, so nothing is wrong with it
+			case !byProof && !strings.EqualFold(scheme, "Bearer"): // nothing was tried, so nothing is wrong with it
 			case refused:
-				challenge += fmt.Sprintf(`, error="invalid_token", error_description=%q`, refusal)
+				challenge += fmt.Sprintf(`, error=%q, error_description=%q`, code, refusal)
 			case err != nil:
 				w.Header().Set("Retry-After", "5")
 				http.Error(w, "Tokens can't be verified now; try again.", http.StatusServiceUnavailable)
@@ -123,7 +141,8 @@ type Refusal string
 
 func (r Refusal) Error() string { return string(r) }
 
-// Verify returns what a token says (RFC 9068, section 4), a Refusal, or for want of keys or of time another error.
+// Verify returns what a token says (RFC 9068, section 4), a Refusal, or for want of keys or of time another error. It sees no
+// request: where Proof is set, who calls it must hold Claims.Key to a proof, as Middleware does.
 func (v *Verifier) Verify(ctx context.Context, token string) (Claims, error) {
 	header64, rest, _ := strings.Cut(token, ".")
 	payload64, sig64, _ := strings.Cut(rest, ".")
@@ -143,18 +162,22 @@ func (v *Verifier) Verify(ctx context.Context, token string) (Claims, error) {
 	expires, _ := c["exp"].(float64) // seconds since 1970
 	issued, ok := c["iat"].(float64)
 	begins, limited := c["nbf"].(float64)
-	ok = err == nil && ok && (limited || c["nbf"] == nil) && c["cnf"] == nil
+	ok = err == nil && ok && (limited || c["nbf"] == nil)
+	cnf, _ := c["cnf"].(map[string]any)
+	bound := object(cnf).text("jkt")
 	several, _ := c["aud"].([]any) // one is a string (RFC 7519, section 4.1.3)
 	switch now := float64(time.Now().Unix()); {
 	case !ok || c.text("iss") != v.issuer || c.text("sub") == "" || c.text("client_id") == "" || c.text("jti") == "":
-		return Claims{}, Refusal("The token is of another issuer, lacks claims, or is bound to a key.")
+		return Claims{}, Refusal("The token is of another issuer, or lacks claims.")
+	case c["cnf"] != nil && (bound == "" || len(cnf) != 1 || v.Proof == nil):
+		return Claims{}, Refusal("The token is bound to a key, which this service doesn't check; ask for one that isn't.")
 	case !slices.Contains(append(several, c["aud"]), any(v.audience)):
 		return Claims{}, Refusal("The token is for another service; ask for one with this one's URL as resource.")
 	case expires <= now || issued > now+leeway || begins > now+leeway:
 		return Claims{}, Refusal("The token has expired, or its time has not come.")
 	}
 	scopes, end := strings.Fields(c.text("scope")), time.Unix(int64(min(expires, 1<<53)), 0)
-	return Claims{Subject: c.text("sub"), ClientID: c.text("client_id"), ID: c.text("jti"), Scopes: scopes, Expires: end}, nil
+	return Claims{Subject: c.text("sub"), ClientID: c.text("client_id"), ID: c.text("jti"), Scopes: scopes, Expires: end, Key: bound}, nil
 }
 
 // An object is one of JSON. It has names as they are, where a struct would take EXP for exp.

@@ -380,7 +380,7 @@ func refuseBadTokens(t *testing.T, v *Verifier, key signer) {
 
 	// The claims.
 	now := time.Now().Unix()
-	const lacks, another, over = "lacks claims", "another service", "expired"
+	const lacks, another, over, bound = "lacks claims", "another service", "expired", "bound to a key"
 	for _, row := range []struct {
 		claim string
 		value any
@@ -394,7 +394,7 @@ func refuseBadTokens(t *testing.T, v *Verifier, key signer) {
 		{"aud", []string{}, another}, {"aud", []string{"https://other.example.com"}, another}, {"aud", []any{[]string{service}}, another},
 		{"aud", issuerURL, another}, {"aud", members{service: service}, another}, {"aud", 1, another}, {"aud", json.RawMessage("null"), another},
 		{"sub", nil, lacks}, {"sub", 1, lacks}, {"sub", "", lacks}, {"client_id", nil, lacks}, {"jti", nil, lacks},
-		{"cnf", members{"jkt": "x"}, lacks},
+		{"cnf", members{"jkt": "x"}, bound}, {"cnf", members{}, bound}, {"cnf", "x", bound}, {"cnf", []any{members{"jkt": "x"}}, bound}, {"cnf", false, bound},
 	} {
 		refused(t, v, fmt.Sprintf("%s is %v", row.claim, row.value), key.token(members{row.claim: row.value}), row.says)
 	}
@@ -756,6 +756,65 @@ func TestMiddleware(t *testing.T) {
 	}
 	if c := FromContext(t.Context()); c.Subject != "" || c.Has("resumes:read") {
 		t.Errorf("a request that nobody looked at is of %v", c)
+	}
+}
+
+// A token that is bound to a key is as good as another only where the service checks proofs, and with one.
+func TestBoundTokens(t *testing.T) {
+	v, _ := newVerifier(t, rsaKey().jwk)
+	handler := v.Middleware("resumes:read")(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprint(w, FromContext(r.Context()).Key)
+	}))
+	plain := rsaKey().token(nil)
+	bound, narrow := rsaKey().token(members{"cnf": members{"jkt": "its key"}}), rsaKey().token(members{"cnf": members{"jkt": "its key"}, "scope": "scores:*"})
+	const (
+		bearer  = `Bearer realm="` + service + `"`
+		dpop    = `DPoP realm="` + service + `"`
+		invalid = `, error="invalid_token", error_description="`
+		other   = invalid + `A token that is bound to a key comes by DPoP and with a proof, and others by Bearer."`
+		unseen  = invalid + `The token is bound to a key, which this service doesn't check; ask for one that isn't."`
+	)
+	asked := 0
+	proof := func(answer error) Proof {
+		return func(r *http.Request, token, thumbprint string) error {
+			if asked++; r.URL.Path != "/resumes" || token != bound && token != narrow || thumbprint != "its key" {
+				t.Errorf("the proof is to be of %s, %q and the key %q", r.URL.Path, token, thumbprint)
+			}
+			return answer
+		}
+	}
+	for _, row := range []struct {
+		name, authorization string
+		proof               Proof
+		status              int
+		challenge           string
+		asked               int
+	}{
+		{"no proofs are checked", "Bearer " + bound, nil, 401, bearer + unseen, 0},
+		{"no proofs are checked, by DPoP", "DPoP " + bound, nil, 401, bearer, 0},
+		{"a proof", "DPoP " + bound, proof(nil), 200, "", 1},
+		{"a proof, in lower case and with two spaces", "dpop  " + bound, proof(nil), 200, "", 1},
+		{"a bad proof", "DPoP " + bound, proof(Refusal("It is old.")), 401, dpop + `, error="invalid_dpop_proof", error_description="It is old."`, 1},
+		{"a proof of which nobody can tell", "DPoP " + bound, proof(errors.New("no way there")), 503, "", 1},
+		{"as if it weren't bound", "Bearer " + bound, proof(nil), 401, dpop + other, 0},
+		{"as if it were", "DPoP " + plain, proof(nil), 401, dpop + other, 0},
+		{"one that isn't", "Bearer " + plain, proof(Refusal("It is old.")), 200, "", 0},
+		{"by another scheme", "Basic " + plain, proof(nil), 401, bearer, 0},
+		{"no token", "DPoP", proof(nil), 401, dpop + invalid + `This is no access token."`, 0},
+		{"bound in another way", "DPoP " + rsaKey().token(members{"cnf": members{"x5t#S256": "x"}}), proof(nil), 401, dpop + unseen, 0},
+		{"bound in two ways", "DPoP " + rsaKey().token(members{"cnf": members{"jkt": "its key", "x5t#S256": "x"}}), proof(nil), 401, dpop + unseen, 0},
+		{"bound to nothing", "Bearer " + rsaKey().token(members{"cnf": members{"jkt": ""}}), proof(nil), 401, bearer + unseen, 0},
+		{"a scope is missing", "DPoP " + narrow, proof(nil), 403, dpop + `, error="insufficient_scope", scope="resumes:read"`, 1},
+	} {
+		v.Proof, asked = row.proof, 0
+		q := httptest.NewRequest("GET", "/resumes", nil)
+		q.Header.Set("Authorization", row.authorization)
+		w := httptest.NewRecorder()
+		handler.ServeHTTP(w, q)
+		if w.Code != row.status || w.Header().Get("WWW-Authenticate") != row.challenge || asked != row.asked ||
+			row.status == 200 && (w.Body.String() == "its key") != (row.asked > 0) {
+			t.Errorf("%s: %d %q %s, and %d proofs, want %d %q and %d", row.name, w.Code, w.Header()["Www-Authenticate"], w.Body, asked, row.status, row.challenge, row.asked)
+		}
 	}
 }
 
