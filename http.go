@@ -38,6 +38,7 @@ type request struct {
 	body   []byte
 	form   url.Values // at the token endpoints
 	caller caller
+	tells  facts // what the event of a refusal says, beside who and why
 }
 
 // A route is what can be called, by whom, and how. Who identifies the caller,

@@ -13,33 +13,35 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-const accessTokenType = "urn:ietf:params:oauth:token-type:access_token" // RFC 8693, section 3
+const (
+	exchangeGrant   = "urn:ietf:params:oauth:grant-type:token-exchange" // RFC 8693, section 2.1
+	accessTokenType = "urn:ietf:params:oauth:token-type:access_token"   // section 3
+)
 
-// A grant is what a token is to carry.
+// A grant is what a token is to carry, and to whom it is issued.
 type grant struct {
+	client   caller
 	scope    string
 	audience audience
-	subject  string   // whom it acts for
-	actor    *actor   // of one that acts for another, as all that follows
-	chain    []origin // the tokens that it comes from
-	needs    []origin // what else must be alive
-	end      int64    // seconds since 1970, which it must not outlive; 0 is none
-}
-
-// issueToken is the client credentials grant (RFC 6749, section 4.4).
-func (s *server) issueToken(r *request) (any, error) {
-	g, bad := s.checkGrant(r)
-	return s.issue(r, g, bad)
+	subject  string            // whom it acts for
+	rows     map[string]uint32 // of the agents that it was decided by, as they were read
+	actor    *actor            // of one that acts for another, as all that follows
+	chain    []origin          // the tokens that it comes from
+	needs    []origin          // what must be alive beside the caller
+	end      int64             // seconds since 1970, which it must not outlive; 0 is none
 }
 
 // issue counts a request for a token, and issues it unless that is bad.
 func (s *server) issue(r *request, g grant, bad error) (any, error) {
 	now := s.now()
-	month := monthKey(r.caller.AgentID, now)
-	if bad != nil || s.quotaOf(r.caller) == 0 {
+	month := monthKey(g.client.AgentID, now)
+	if bad != nil {
+		g.client = r.caller
+	}
+	if bad != nil || s.quotaOf(g.client) == 0 {
 		month = "" // spends nothing of the quota
 	}
-	counted, err := s.spend(r, byCredential, month)
+	counted, err := s.spend(r, g.client, byCredential, month)
 	if err != nil {
 		return nil, err
 	}
@@ -47,19 +49,19 @@ func (s *server) issue(r *request, g grant, bad error) (any, error) {
 		return nil, bad
 	}
 	expires := now.Add(s.cfg.tokenTTL).Unix()
-	if own := r.caller.TokenTTL; own != nil {
+	if own := g.client.TokenTTL; own != nil {
 		expires = now.Unix() + int64(*own)
 	}
-	if end := r.caller.expiresAt; end != nil { // no token outlives its credential
+	if end := g.client.expiresAt; end != nil { // no token outlives its credential
 		expires = min(expires, end.Unix())
 	}
 	if g.end != 0 {
 		expires = min(expires, g.end)
 	}
 	c := claims{
-		Issuer: s.cfg.issuer, Subject: g.subject, Audience: g.audience, ClientID: r.caller.AgentID, Scope: g.scope,
+		Issuer: s.cfg.issuer, Subject: g.subject, Audience: g.audience, ClientID: g.client.AgentID, Scope: g.scope,
 		ID: s.newID(), IssuedAt: now.Unix(), Expires: expires,
-		CredentialID: r.caller.CredentialID, SecretID: r.caller.SecretID, Actor: g.actor, Chain: g.chain,
+		CredentialID: g.client.CredentialID, SecretID: g.client.SecretID, Actor: g.actor, Chain: g.chain,
 	}
 	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": g.scope, "exp": expires}
 	if r.caller.proved != nil {
@@ -71,7 +73,11 @@ func (s *server) issue(r *request, g grant, bad error) (any, error) {
 	if g.actor != nil {
 		f["subject"], f["act"], f["chain"] = g.subject, g.actor, g.chain
 	}
-	stored := s.record(r, newEvent(tokenIssued, c.ClientID, f), append([]origin{r.caller.origin}, g.needs...), nil) // goes on while we sign
+	e := newEvent(tokenIssued, c.ClientID, f)
+	if c.ClientID != r.caller.AgentID {
+		f["requestedBy"], e.ActorID = r.caller.AgentID, e.AgentID
+	}
+	stored := s.record(r, entry{event: e, needs: append([]origin{r.caller.origin}, g.needs...), rows: g.rows}) // goes on while we sign
 	token, err := s.keys.Load().sign(accessToken, c)
 	if _, storeErr := stored(); storeErr != nil || err != nil {
 		if counted {
@@ -93,21 +99,22 @@ func (s *server) issue(r *request, g grant, bad error) (any, error) {
 	return answer, nil
 }
 
-// checkGrant decides what the token is to carry.
+// checkGrant decides what a token is to carry by the client credentials grant (RFC 6749,
+// section 4.4), or by that of a workload.
 func (s *server) checkGrant(r *request) (g grant, err error) {
 	switch grant := r.form.Get("grant_type"); {
 	case grant == "client_credentials", s.tradesAssertion(r):
 	case grant == "":
 		return g, errForm.because("The body lacks grant_type=client_credentials.")
 	default:
-		return g, errGrantType.because("The grant_type must be client_credentials; it was '" + clip(r.form.Get("grant_type")) + "'.")
+		return g, errGrantType.because("The grant_type must be client_credentials or " + exchangeGrant + "; it was '" + clip(r.form.Get("grant_type")) + "'.")
 	}
 	for name, right := range map[string]string{"audience": "resource (RFC 8707)", "aud": "resource (RFC 8707)", "resources": "resource", "scopes": "scope"} {
 		if r.form.Get(name) != "" { // others are ignored (RFC 6749, section 3.2), but these would silently get more than was asked for
 			return g, errForm.because("There is no parameter " + name + "; it is called " + right + ".")
 		}
 	}
-	g.subject = r.caller.AgentID
+	g = grant{client: r.caller, subject: r.caller.AgentID, rows: r.caller.rows()}
 	if g.scope, err = grantScope(r.form.Get("scope"), r.caller.scopes); err != nil {
 		return g, err
 	}
@@ -190,7 +197,7 @@ func (s *server) introspectToken(r *request) (any, error) {
 	if isValid {
 		f["active"], f["jti"], asks = true, c.ID, c.origins()
 	}
-	found, err := s.record(r, newEvent(tokenIntrospected, c.ClientID, f), []origin{r.caller.origin}, asks)()
+	found, err := s.record(r, entry{event: newEvent(tokenIntrospected, c.ClientID, f), needs: []origin{r.caller.origin}, rows: r.caller.rows(), asks: asks})()
 	if err != nil {
 		return nil, err
 	}
