@@ -46,7 +46,7 @@ func (s *server) bearerOrClient(scope string) func(*request) error {
 	return func(r *request) (err error) {
 		revokes := r.route.records == tokenRevoked
 		switch {
-		case !r.presents("Bearer"):
+		case !r.presentsToken():
 			if err = s.authenticateClient(r); err == nil && !revokes {
 				_, err = s.spend(r, r.caller, introspect+byCredential, "")
 			}
@@ -72,34 +72,50 @@ func (s *server) bearerOrClient(scope string) func(*request) error {
 	}
 }
 
-// identify finds out who sent a bearer token (RFC 6750, section 2.1), that it
-// is for this service, valid now, and alive.
+// identify finds out who sent a token (RFC 6750, section 2.1; RFC 9449, section 7.1), that
+// it is for this service, valid now, its holder's, and alive.
 func (s *server) identify(r *request) error {
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	if !strings.EqualFold(scheme, "Bearer") {
+	_, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	token = strings.TrimLeft(token, " ")
+	if !r.presentsToken() {
 		return errNoToken
 	}
-	if secret(strings.TrimLeft(token, " ")).wellFormed() {
+	if secret(token).wellFormed() {
 		return errInvalidToken.because("This is a client_secret, and no token; trade it for one at POST /api/v1/token.")
 	}
-	c, err := s.keys.Load().verify(strings.TrimLeft(token, " "), s.cfg.issuer)
-	if err == nil && (!slices.Contains(c.Audience, s.cfg.issuer) || c.Chain != nil) {
+	c, err := s.readToken(token)
+	switch {
+	case err != nil:
+	case c.Actor != nil || c.Chain != nil:
+		err = errors.New("a token of one that acts for another, and such is never for AgentIdP; come with one of your own")
+	case !slices.Contains(c.Audience, s.cfg.issuer):
 		err = fmt.Errorf("a token for %s; ask for one without resource, or for %s too", clip(strings.Join(c.Audience, " ")), s.cfg.issuer)
-		if c.Actor != nil {
-			err = errors.New("a token of one that acts for another, and such is never for AgentIdP; come with one of your own")
-		}
-	}
-	if err == nil {
-		err = c.validAt(s.now())
 	}
 	if err != nil {
 		return errInvalidToken.because("This is " + err.Error() + ".")
 	}
+	proof, err := s.prove(r, token, c)
 	found := caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
-	if err = s.checkAlive(r.Context(), &found); err == nil {
+	if err == nil {
+		err = s.checkAlive(r.Context(), &found)
+	}
+	if err == nil {
+		err = sayOfProof(errWrongProof, s.once(r.Context(), proof))
+	}
+	if err == nil {
 		r.caller = found
 	}
 	return err
+}
+
+// readToken reads a token of ours that is valid now; else its error tells the holder what
+// it is.
+func (s *server) readToken(text string) (claims, error) {
+	c, err := s.keys.Load().verify(text, s.cfg.issuer)
+	if err == nil {
+		err = c.validAt(s.now())
+	}
+	return c, err
 }
 
 // spend counts the request of an authenticated caller, or of whom it brings along, in

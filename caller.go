@@ -48,6 +48,7 @@ type use struct {
 type allowance struct {
 	Resources         []string `json:"resources"`         // where its tokens may go; none is anywhere
 	Delegates         []string `json:"delegates"`         // who may act for it
+	ProofRequired     bool     `json:"proofRequired"`     // its tokens are bound to a key
 	RateLimit         *int     `json:"rateLimit"`         // requests a minute; as of all these null is what the deployment has
 	MonthlyTokenLimit *int     `json:"monthlyTokenLimit"` // tokens
 	TokenTTL          *int     `json:"tokenTtl"`          // seconds
@@ -98,11 +99,11 @@ type client struct {
 }
 
 const clientColumns = `c.client_id, a.xmin, c.credential_id, c.secret_id, c.expires_at, a.status, a.capabilities, a.resources, a.rate_limit,
-	a.monthly_token_limit, a.token_ttl, c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)`
+	a.monthly_token_limit, a.token_ttl, a.proof_required, c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)`
 
 func (o *client) columns() []any {
 	return []any{&o.AgentID, &o.row, &o.CredentialID, &o.SecretID, &o.expiresAt, &o.agentStatus, &o.scopes, &o.Resources, &o.RateLimit,
-		&o.MonthlyTokenLimit, &o.TokenTTL, &o.ended}
+		&o.MonthlyTokenLimit, &o.TokenTTL, &o.ProofRequired, &o.ended}
 }
 
 // refusal says why the right credential isn't enough, or nil.

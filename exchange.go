@@ -24,6 +24,9 @@ func (s *server) issueToken(r *request) (any, error) {
 		check = s.checkExchange
 	}
 	g, err := check(r)
+	if err == nil {
+		err = sayOfProof(errProof, s.bind(r, &g))
+	}
 	return s.issue(r, g, err)
 }
 
@@ -39,7 +42,7 @@ func (s *server) checkExchange(r *request) (g grant, err error) {
 		return g, err
 	}
 	r.tells = facts{"subject": subject.Subject, "subjectJti": subject.ID}
-	g = grant{client: r.caller, subject: subject.Subject, needs: subject.origins(), chain: subject.origins(), end: subject.Expires}
+	g = grant{client: r.caller, subject: subject.Subject, needs: subject.origins(), chain: subject.origins(), end: subject.Expires, bound: subject.boundTo()}
 	limits := [][]string{strings.Fields(subject.Scope)}
 	if r.form.Get("actor_token") != "" {
 		worker, err := s.readParty(r, "actor_token")
@@ -55,7 +58,7 @@ func (s *server) checkExchange(r *request) (g grant, err error) {
 		if err != nil {
 			return g, err
 		}
-		r.tells["actor"] = worker.ClientID
+		r.tells["actor"], g.isBrought, g.key = worker.ClientID, true, worker.boundTo()
 		g.needs, g.chain = append(g.needs, worker.origin()), append(g.chain, origin{TokenID: worker.ID}) // the credential is the new token's
 		g.end, limits = min(g.end, worker.Expires), append(limits, strings.Fields(worker.Scope))
 	}
@@ -63,7 +66,8 @@ func (s *server) checkExchange(r *request) (g grant, err error) {
 		return g, err
 	}
 	from, row := allowance{}, uint32(0)
-	err = s.db.QueryRow(r.Context(), `select delegates, resources, xmin from agents where agent_id = $1`, subject.Subject).Scan(&from.Delegates, &from.Resources, &row)
+	err = s.db.QueryRow(r.Context(), `select delegates, resources, proof_required, xmin from agents where agent_id = $1`, subject.Subject).
+		Scan(&from.Delegates, &from.Resources, &g.proofRequired, &row)
 	switch {
 	case err != nil && !errors.Is(err, pgx.ErrNoRows):
 		return g, fmt.Errorf("loading a subject: %w", err)
@@ -89,10 +93,27 @@ func checkExchangeForm(form url.Values) error {
 	if form.Get("actor_token_type") != "" && form.Get("actor_token") == "" {
 		return errForm.because("There is an actor_token_type, and no actor_token.")
 	}
-	for _, name := range []string{"audience", "aud", "resources", "scopes"} {
-		if form.Get(name) != "" {
-			return errForm.because("There is no parameter " + name + " here; take resource and scope.")
-		}
+	return checkNames(form)
+}
+
+// bind decides to which key a token is bound: that of the proof; or where a worker's token
+// was brought along, that of this one. No binding is dropped by an exchange.
+func (s *server) bind(r *request, g *grant) (err error) {
+	if g.proof, err = s.openProof(r, ""); err != nil {
+		return err
+	}
+	shown := g.proof.thumbprint
+	needed := shown != "" || g.bound != "" || g.proofRequired || g.client.ProofRequired
+	switch {
+	case g.isBrought && g.bound != "" && shown != g.bound:
+		return flaw("must be there, in the header DPoP, and by the key that the subject_token is bound to")
+	case g.isBrought && needed && g.key == "":
+		return flaw("takes an actor_token that is bound to a key, to which the new token is bound")
+	case g.isBrought:
+	case needed && shown == "":
+		return flaw("must be there, in the header DPoP: this agent, or whom it acts for, has tokens only that are bound to a key")
+	default:
+		g.key = shown
 	}
 	return nil
 }
@@ -103,14 +124,11 @@ func (s *server) readParty(r *request, name string) (claims, error) {
 	if r.form.Get(name) == "" {
 		return claims{}, errForm.because("The body lacks " + name + "=TOKEN.")
 	}
-	c, err := s.keys.Load().verify(r.form.Get(name), s.cfg.issuer)
-	if err == nil {
-		err = c.validAt(s.now())
-	}
+	c, err := s.readToken(r.form.Get(name))
 	if err != nil {
-		return claims{}, errForm.because("The " + name + " is " + err.Error() + ".")
+		err = errForm.because("The " + name + " is " + err.Error() + ".")
 	}
-	return c, nil
+	return c, err
 }
 
 // loadClient is the client of a token, with all that a client has.
