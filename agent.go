@@ -33,7 +33,7 @@ type agent struct {
 }
 
 const agentColumns = `agent_id, email, agent_type, version, capabilities, owner, deployment_env,
-	resources, delegates, rate_limit, monthly_token_limit, token_ttl, status, created_at, updated_at`
+	resources, delegates, proof_required, rate_limit, monthly_token_limit, token_ttl, status, created_at, updated_at`
 
 // An agentChange changes what is there and leaves the rest.
 type agentChange struct {
@@ -46,6 +46,7 @@ type agentChange struct {
 
 	Resources         *[]string `json:"resources,omitempty"`
 	Delegates         *[]string `json:"delegates,omitempty"`
+	ProofRequired     *bool     `json:"proofRequired,omitempty"`
 	RateLimit         *ownLimit `json:"rateLimit,omitempty"`
 	MonthlyTokenLimit *ownLimit `json:"monthlyTokenLimit,omitempty"`
 	TokenTTL          *ownLimit `json:"tokenTtl,omitempty"`
@@ -53,7 +54,7 @@ type agentChange struct {
 
 // allows tells whether it changes the allowance.
 func (q agentChange) allows() bool {
-	return q.Resources != nil || q.Delegates != nil || q.RateLimit != nil || q.MonthlyTokenLimit != nil || q.TokenTTL != nil
+	return q.Resources != nil || q.Delegates != nil || q.ProofRequired != nil || q.RateLimit != nil || q.MonthlyTokenLimit != nil || q.TokenTTL != nil
 }
 
 // An ownLimit is what an agent gets in place of the deployment's; notOwn takes it
@@ -92,6 +93,7 @@ func readAgentChange(in *inputs) agentChange {
 
 		Resources:         take(in, "resources", readResources),
 		Delegates:         take(in, "delegates", readDelegates),
+		ProofRequired:     take(in, "proofRequired", readBool),
 		RateLimit:         take(in, "rateLimit", readOwnLimit(0, 1e6)),
 		MonthlyTokenLimit: take(in, "monthlyTokenLimit", readOwnLimit(0, 1e9)),
 		TokenTTL:          take(in, "tokenTtl", readOwnLimit(1, int(maxTokenTTL/time.Second))),
@@ -180,6 +182,14 @@ func readResources(value any) (list []string, err error) {
 		return nil, fmt.Errorf("must be a list of up to %d absolute URIs without a fragment, of %d characters together, each once; none is any", maxResources, maxResourceBytes)
 	}
 	return append([]string{}, list...), nil
+}
+
+func readBool(value any) (is bool, err error) {
+	is, ok := value.(bool)
+	if !ok {
+		err = errors.New("must be true or false")
+	}
+	return is, err
 }
 
 func readDelegates(value any) (list []string, err error) {
@@ -301,7 +311,7 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 			err = r.caller.mayGrant(*q.Capabilities)
 		}
 		if err == nil && q.allows() && id == r.caller.AgentID {
-			err = errForbidden.because("An agent can't change its own resources, delegates and limits; another with agents:write can.")
+			err = errForbidden.because("An agent can't change its own resources, delegates, proofRequired and limits; another with agents:write can.")
 		}
 		if err == nil && old.Status == "decommissioned" {
 			err = errDecommissioned
@@ -316,12 +326,12 @@ func (s *server) changeAgent(r *request, q agentChange) (a agent, err error) {
 				deployment_env = coalesce($6, deployment_env), status = coalesce($7, status),
 				resources = coalesce($8, resources), rate_limit = nullif(coalesce($9, rate_limit), -1),
 				monthly_token_limit = nullif(coalesce($10, monthly_token_limit), -1), token_ttl = nullif(coalesce($11, token_ttl), -1),
-				delegates = coalesce($12, delegates),
+				delegates = coalesce($12, delegates), proof_required = coalesce($13, proof_required),
 				updated_at = date_trunc('milliseconds', clock_timestamp())
 			where agent_id = $1
 			returning `+agentColumns,
 			id, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv, q.Status,
-			q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL, q.Delegates)
+			q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL, q.Delegates, q.ProofRequired)
 		if err != nil {
 			return event{}, err
 		}
@@ -396,13 +406,13 @@ func (s *server) checkAgentLimit(ctx context.Context, tx pgx.Tx) error {
 func insertAgent(ctx context.Context, db querier, id string, q registration) (agent, error) {
 	return one[agent](ctx, db, errAgentExists, "registering agent", `
 		insert into agents (agent_id, email, agent_type, version, capabilities, owner, deployment_env,
-			resources, rate_limit, monthly_token_limit, token_ttl, delegates)
+			resources, rate_limit, monthly_token_limit, token_ttl, delegates, proof_required)
 		values ($1, $2, $3, $4, $5, $6, $7, coalesce($8, '{}'::text[]), nullif($9, -1), nullif($10, -1), nullif($11, -1),
-			coalesce($12, '{}'::text[]))
+			coalesce($12, '{}'::text[]), coalesce($13, false))
 		on conflict (lower(email)) do nothing
 		returning `+agentColumns,
 		id, q.Email, q.AgentType, q.Version, q.Capabilities, q.Owner, q.DeploymentEnv,
-		q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL, q.Delegates)
+		q.Resources, q.RateLimit, q.MonthlyTokenLimit, q.TokenTTL, q.Delegates, q.ProofRequired)
 }
 
 // loadAgent fails with errNoAgent for what is no id at all, too.

@@ -58,8 +58,6 @@ func accept(o client, a assertion, once bool) (client, error) {
 	return o, nil
 }
 
-const replayed = flaw("was used before; each needs a jti of its own")
-
 // A shown is what is looked up of an assertion: of a client's own the key that kid
 // names, by its own name or its thumbprint, or the newest where it is ""; of a workload
 // its issuer and subject, and the client that was chosen or ""; and by what id it is

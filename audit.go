@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
+	"maps"
 	"net/http"
 	"slices"
 	"strconv"
@@ -84,17 +85,18 @@ func (s *server) changeAll(r *request, whom func(context.Context, pgx.Tx) ([]str
 
 // record hands an event over, and returns the function that waits until it is
 // stored. What it is about must not be done before that, or be undone where
-// that fails. What it needs must be alive then, the caller and what else it came from, or
-// the event is left out and that is the error; and asks are of the token asked about, of
-// which it is the answer. With that the assertion that the caller showed is used up.
-func (s *server) record(r *request, e event, needs, asks []origin) func() (found, error) {
-	x := entry{event: e.by(r), needs: needs, asks: asks}
-	if len(needs) > 0 {
+// that fails. What the entry needs must be alive then, the caller and what else it came
+// from, and the rows of agents that it was decided by as they were read, or the event is
+// left out and that is the error. With that the assertion that the caller showed is used up.
+func (s *server) record(r *request, x entry) func() (found, error) {
+	x.event = x.by(r)
+	if len(x.needs) > 0 {
 		x.use = r.caller.use
 	}
 	stored := s.recorder.put(r.Context(), x)
 	return func() (found, error) {
 		f, err := stored.wait()
+		r.caller.use.done = err == nil && len(x.needs) > 0
 		switch {
 		case err != nil:
 		case f.replayed:
@@ -103,6 +105,8 @@ func (s *server) record(r *request, e event, needs, asks []origin) func() (found
 			err = r.caller.ended()
 		case f.dead > 1:
 			err = errForm.because("The subject_token or the actor_token has ended, or what it came from.")
+		case f.changed:
+			err = errUnavailable.because("The agent was changed meanwhile; try again.")
 		}
 		return f, err
 	}
@@ -111,10 +115,10 @@ func (s *server) record(r *request, e event, needs, asks []origin) func() (found
 // useUp has the assertion that the caller showed used up, where there is one and nothing
 // comes of it: else who has seen it could ask for that again and again.
 func (s *server) useUp(r *request) error {
-	if r.caller.use.id == "" {
+	if r.caller.use.id == "" || r.caller.use.done {
 		return nil
 	}
-	_, err := s.record(r, event{facts: facts{}}, []origin{r.caller.origin}, nil)()
+	_, err := s.record(r, entry{event: event{facts: facts{}}, needs: []origin{r.caller.origin}})()
 	return err
 }
 
@@ -142,7 +146,7 @@ func (s *server) storeEvents(ctx context.Context, entries []entry) ([]found, err
 // recorded outside of the change's transaction, or the rollback takes it back.
 func (s *server) refused(r *request, e event, why error) error {
 	e.Outcome = "failure"
-	if _, err := s.record(r, e, nil, nil)(); err != nil {
+	if _, err := s.record(r, entry{event: e})(); err != nil {
 		return err
 	}
 	return why
@@ -170,6 +174,7 @@ func (s *server) recordRefusal(r *request, err error) error {
 	if id := r.PathValue("credentialId"); isID(id) {
 		f["credentialId"] = id
 	}
+	maps.Copy(f, r.tells)
 	return s.refused(r, newEvent(rt.records, concerned, f), p)
 }
 
@@ -286,4 +291,25 @@ func (s *server) getEvent(r *request) (any, error) {
 		return nil, err
 	}
 	return encodeEvents(e, e)
+}
+
+const verifiedAtOnce = 100_000 // events that one request checks
+
+func (s *server) verifyEvents(r *request) (any, error) {
+	in, from := readQuery(r), int64(0)
+	if seq := take(in, "fromSeq", whole(1, 1<<53)); seq != nil {
+		from = int64(*seq)
+	}
+	if err := in.problem(); err != nil {
+		return nil, err
+	}
+	if !s.verifying.CompareAndSwap(false, true) { // each holds a connection for long
+		return nil, errBusy.because("Another report is being made by this copy; one at a time. Try again.")
+	}
+	defer s.verifying.Store(false)
+	report, err := s.verifyChain(r.Context(), from, verifiedAtOnce, nil, nil)
+	if err == nil && report.Verified && report.Events == 0 && from > 1 {
+		err = errValidation.with(map[string]any{"fromSeq": "is beyond the head of the chain"})
+	}
+	return report, err
 }

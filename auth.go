@@ -32,7 +32,7 @@ func (s *server) bearer(scope string, own ...string) func(*request) error {
 		if lacks == nil && r.route.records != "" {
 			window = mayChange
 		}
-		if _, err := s.spend(r, window, ""); err != nil {
+		if _, err := s.spend(r, r.caller, window, ""); err != nil {
 			return err
 		}
 		return lacks
@@ -46,9 +46,9 @@ func (s *server) bearerOrClient(scope string) func(*request) error {
 	return func(r *request) (err error) {
 		revokes := r.route.records == tokenRevoked
 		switch {
-		case !r.presents("Bearer"):
+		case !r.presentsToken():
 			if err = s.authenticateClient(r); err == nil && !revokes {
-				_, err = s.spend(r, introspect+byCredential, "")
+				_, err = s.spend(r, r.caller, introspect+byCredential, "")
 			}
 		case r.form.Get("client_secret") != "" || showsAssertion(r.form):
 			err = errTwoMethods
@@ -60,7 +60,7 @@ func (s *server) bearerOrClient(scope string) func(*request) error {
 			if revokes || r.caller.need(scope) != nil { // who may not introspect leaves those alone who may
 				window = byToken
 			}
-			_, err = s.spend(r, window, "")
+			_, err = s.spend(r, r.caller, window, "")
 		}
 		if err == nil {
 			err = r.caller.need(scope)
@@ -72,39 +72,58 @@ func (s *server) bearerOrClient(scope string) func(*request) error {
 	}
 }
 
-// identify finds out who sent a bearer token (RFC 6750, section 2.1), that it
-// is for this service, valid now, and alive.
+// identify finds out who sent a token (RFC 6750, section 2.1; RFC 9449, section 7.1), that
+// it is for this service, valid now, its holder's, and alive.
 func (s *server) identify(r *request) error {
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	if !strings.EqualFold(scheme, "Bearer") {
+	_, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	token = strings.TrimLeft(token, " ")
+	if !r.presentsToken() {
 		return errNoToken
 	}
-	if secret(strings.TrimLeft(token, " ")).wellFormed() {
+	if secret(token).wellFormed() {
 		return errInvalidToken.because("This is a client_secret, and no token; trade it for one at POST /api/v1/token.")
 	}
-	c, err := s.keys.Load().verify(strings.TrimLeft(token, " "), s.cfg.issuer)
-	if err == nil && (!slices.Contains(c.Audience, s.cfg.issuer) || c.Chain != nil) {
+	c, err := s.readToken(token)
+	switch {
+	case err != nil:
+	case c.Actor != nil || c.Chain != nil:
+		err = errors.New("a token of one that acts for another, and such is never for AgentIdP; come with one of your own")
+	case !slices.Contains(c.Audience, s.cfg.issuer):
 		err = fmt.Errorf("a token for %s; ask for one without resource, or for %s too", clip(strings.Join(c.Audience, " ")), s.cfg.issuer)
-	}
-	if err == nil {
-		err = c.validAt(s.now())
 	}
 	if err != nil {
 		return errInvalidToken.because("This is " + err.Error() + ".")
 	}
+	proof, err := s.prove(r, token, c)
 	found := caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
-	if err = s.checkAlive(r.Context(), &found); err == nil {
+	if err == nil {
+		err = s.checkAlive(r.Context(), &found)
+	}
+	if err == nil {
+		err = sayOfProof(errWrongProof, s.once(r.Context(), proof))
+	}
+	if err == nil {
 		r.caller = found
 	}
 	return err
 }
 
-// spend counts the request of an authenticated caller in the window that it
-// belongs to, and where month isn't empty for its client's quota; counted says
-// whether the latter has to be given back if nothing comes of it. A quota that
-// Redis doesn't know is counted from the audit log.
-func (s *server) spend(r *request, window, month string) (counted bool, err error) {
-	owner, limit, quota := window+r.caller.AgentID, *cmp.Or(r.caller.RateLimit, &s.cfg.rateLimit), s.quotaOf(r.caller)
+// readToken reads a token of ours that is valid now; else its error tells the holder what
+// it is.
+func (s *server) readToken(text string) (claims, error) {
+	c, err := s.keys.Load().verify(text, s.cfg.issuer)
+	if err == nil {
+		err = c.validAt(s.now())
+	}
+	return c, err
+}
+
+// spend counts the request of an authenticated caller, or of whom it brings along, in
+// the window that it belongs to, and where month isn't empty for its client's quota;
+// counted says whether the latter has to be given back if nothing comes of it. A quota
+// that Redis doesn't know is counted from the audit log.
+func (s *server) spend(r *request, c caller, window, month string) (counted bool, err error) {
+	owner, limit, quota := window+c.AgentID, *cmp.Or(c.RateLimit, &s.cfg.rateLimit), s.quotaOf(c)
 	v := s.admit(r.Context(), owner, limit, month, quota, -1)
 	if v.state == "uncounted" {
 		var n int64
@@ -112,7 +131,7 @@ func (s *server) spend(r *request, window, month string) (counted bool, err erro
 			select count(*)
 			from audit_events
 			where agent_id = $1 and action = 'token.issued' and outcome = 'success'
-				and "timestamp" >= date_trunc('month', now(), 'UTC')`, r.caller.AgentID).Scan(&n)
+				and "timestamp" >= date_trunc('month', now(), 'UTC')`, c.AgentID).Scan(&n)
 		if err != nil {
 			return false, fmt.Errorf("counting this month's tokens: %w", err)
 		}

@@ -31,6 +31,7 @@ type caller struct {
 	use       use            // of the assertion that it showed, if that is good once
 	proved    map[string]any // what an event says of that
 	kind      string         // of the credential of a token
+	row       uint32         // the agent's as it was read, PostgreSQL's xmin; of a token 0
 	allowance                // of a token the rate limit alone
 }
 
@@ -40,15 +41,25 @@ type use struct {
 	id    string
 	end   time.Time
 	again error // what a second one of this id is told
+	done  bool  // remembered
 }
 
 // An allowance is what an agent can't change of itself.
 type allowance struct {
 	Resources         []string `json:"resources"`         // where its tokens may go; none is anywhere
 	Delegates         []string `json:"delegates"`         // who may act for it
+	ProofRequired     bool     `json:"proofRequired"`     // its tokens are bound to a key
 	RateLimit         *int     `json:"rateLimit"`         // requests a minute; as of all these null is what the deployment has
 	MonthlyTokenLimit *int     `json:"monthlyTokenLimit"` // tokens
 	TokenTTL          *int     `json:"tokenTtl"`          // seconds
+}
+
+// rows are what an event rests on that says what the caller may.
+func (c caller) rows() map[string]uint32 {
+	if c.row == 0 {
+		return nil
+	}
+	return map[string]uint32{c.AgentID: c.row}
 }
 
 // has is true of every caller for "".
@@ -87,12 +98,12 @@ type client struct {
 	ended       bool // revoked or expired, as all are of a decommissioned agent
 }
 
-const clientColumns = `c.client_id, c.credential_id, c.secret_id, c.expires_at, a.status, a.capabilities, a.resources, a.rate_limit,
-	a.monthly_token_limit, a.token_ttl, c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)`
+const clientColumns = `c.client_id, a.xmin, c.credential_id, c.secret_id, c.expires_at, a.status, a.capabilities, a.resources, a.rate_limit,
+	a.monthly_token_limit, a.token_ttl, a.proof_required, c.status <> 'active' or coalesce(c.expires_at <= clock_timestamp(), false)`
 
 func (o *client) columns() []any {
-	return []any{&o.AgentID, &o.CredentialID, &o.SecretID, &o.expiresAt, &o.agentStatus, &o.scopes, &o.Resources, &o.RateLimit,
-		&o.MonthlyTokenLimit, &o.TokenTTL, &o.ended}
+	return []any{&o.AgentID, &o.row, &o.CredentialID, &o.SecretID, &o.expiresAt, &o.agentStatus, &o.scopes, &o.Resources, &o.RateLimit,
+		&o.MonthlyTokenLimit, &o.TokenTTL, &o.ProofRequired, &o.ended}
 }
 
 // refusal says why the right credential isn't enough, or nil.
@@ -141,11 +152,13 @@ func (s *server) checkAlive(ctx context.Context, c *caller) error {
 	return err
 }
 
-// A life is whether an origin is alive, of what kind its credential is, and its agent's
-// own rate limit.
+// A life is whether an origin is alive, of what kind its credential is, and its agent
+// with the row as it is now and the rate limit of its own.
 type life struct {
 	alive     bool
 	kind      string
+	agentID   string
+	row       uint32
 	rateLimit *int
 }
 
@@ -184,13 +197,13 @@ func askAlive(b *pgx.Batch, of []origin) []life {
 }
 
 const aliveQuery = `
-	select c.credential_id::text, c.secret_id::text, '', c.kind, a.rate_limit
+	select c.credential_id::text, c.secret_id::text, '', c.kind, a.agent_id::text, a.xmin, a.rate_limit
 	from credentials c
 	join agents a on a.agent_id = c.client_id
 	where c.credential_id = any($1) and c.status = 'active' and a.status = 'active'
 		and (c.expires_at is null or c.expires_at > clock_timestamp())
 	union all
-	select '', '', jti::text, '', null
+	select '', '', jti::text, '', '', '0'::xid, null
 	from token_revocations
 	where jti = any($2)`
 
@@ -211,7 +224,7 @@ func tellLives(rows pgx.Rows, of []origin) ([]life, error) {
 	var o origin
 	found := life{alive: true}
 	there, lives := map[origin]life{}, make([]life, len(of))
-	_, err := pgx.ForEachRow(rows, []any{&o.CredentialID, &o.SecretID, &o.TokenID, &found.kind, &found.rateLimit}, func() error {
+	_, err := pgx.ForEachRow(rows, []any{&o.CredentialID, &o.SecretID, &o.TokenID, &found.kind, &found.agentID, &found.row, &found.rateLimit}, func() error {
 		there[o] = found
 		return nil
 	})

@@ -90,9 +90,9 @@ func newEvent(did, agentID string, f facts) event {
 	return e
 }
 
-// by fills in who did it, from where.
+// by fills in who did it, where nobody is said to, and from where.
 func (e event) by(r *request) event {
-	if r.caller.AgentID != "" {
+	if r.caller.AgentID != "" && e.ActorID == nil {
 		e.ActorID = &r.caller.AgentID
 	}
 	if r.addr.IsValid() {
@@ -129,22 +129,26 @@ func (e *event) sum() digest {
 }
 
 // An entry is an event, which without an action is none, and what is to be found out when it
-// is stored. It is left out where one of its needs is dead, or its assertion was used before.
+// is stored. It is left out where one of its needs is dead or of an agent whose row has
+// changed, or its assertion was used before.
 type entry struct {
 	event
-	needs []origin // who asks the first
-	asks  []origin // what the token came from that an introspection is about
+	needs []origin          // who asks the first
+	rows  map[string]uint32 // of agents, as they were read for what the event says
+	asks  []origin          // what the token came from that an introspection is about
 	use   use
 	found found
 }
 
 type found struct {
-	replayed bool
-	dead     int  // which of what it needs is not alive, counted from 1; 0 is none
-	active   bool // whether all is that it asks about
+	replayed, changed bool
+	dead              int  // which of what it needs is not alive, counted from 1; 0 is none
+	active            bool // whether all is that it asks about
 }
 
-func (x entry) leftOut() bool { return x.Action == "" || x.found.replayed || x.found.dead > 0 }
+func (x entry) leftOut() bool {
+	return x.Action == "" || x.found.replayed || x.found.changed || x.found.dead > 0
+}
 
 // ask puts into a batch what has to be known of entries, and returns what tells it them.
 func ask(b *pgx.Batch, entries []entry) (tell func()) {
@@ -161,7 +165,8 @@ func ask(b *pgx.Batch, entries []entry) (tell func()) {
 		isDead := func(l life) bool { return !l.alive }
 		for i := range entries {
 			x, n, all := &entries[i], len(entries[i].needs), len(entries[i].needs)+len(entries[i].asks)
-			x.found = found{x.use.id != "" && !first[x.use.id], 1 + slices.IndexFunc(lives[:n], isDead), !slices.ContainsFunc(lives[n:all], isDead)}
+			hasChanged := func(l life) bool { row, read := x.rows[l.agentID]; return read && row != l.row }
+			x.found = found{x.use.id != "" && !first[x.use.id], slices.ContainsFunc(lives[:n], hasChanged), 1 + slices.IndexFunc(lives[:n], isDead), !slices.ContainsFunc(lives[n:all], isDead)}
 			lives = lives[all:]
 			delete(first, x.use.id) // of two that come together only one is
 		}
@@ -365,27 +370,6 @@ func (report *chainReport) extend(e *event, oldest int64, served time.Time, cp *
 	}
 	report.HeadSeq, report.HeadHash = e.Seq, e.Hash
 	report.Events++
-}
-
-const verifiedAtOnce = 100_000 // events that one request checks
-
-func (s *server) verifyEvents(r *request) (any, error) {
-	in, from := readQuery(r), int64(0)
-	if seq := take(in, "fromSeq", whole(1, 1<<53)); seq != nil {
-		from = int64(*seq)
-	}
-	if err := in.problem(); err != nil {
-		return nil, err
-	}
-	if !s.verifying.CompareAndSwap(false, true) { // each holds a connection for long
-		return nil, errBusy.because("Another report is being made by this copy; one at a time. Try again.")
-	}
-	defer s.verifying.Store(false)
-	report, err := s.verifyChain(r.Context(), from, verifiedAtOnce, nil, nil)
-	if err == nil && report.Verified && report.Events == 0 && from > 1 {
-		err = errValidation.with(map[string]any{"fromSeq": "is beyond the head of the chain"})
-	}
-	return report, err
 }
 
 const altered = "the audit log was altered: the first bad seq is %d"

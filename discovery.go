@@ -33,6 +33,7 @@ func (s *server) showMetadata(r *request) (any, error) {
 		"scopes_supported":                      ourScopes,
 		"subject_types_supported":               []string{"public"},
 		"id_token_signing_alg_values_supported": s.keys.Load().each("alg"),
+		"dpop_signing_alg_values_supported":     assertionAlgs,
 	}
 	for _, endpoint := range []string{"token", "introspection", "revocation"} {
 		metadata[endpoint+"_endpoint_auth_methods_supported"] = methods
@@ -48,6 +49,7 @@ func (s *server) showResource(r *request) (any, error) {
 	return map[string]any{
 		"resource": s.cfg.issuer, "authorization_servers": []string{s.cfg.issuer}, "jwks_uri": s.cfg.issuer + "/.well-known/jwks.json",
 		"scopes_supported": ourScopes, "bearer_methods_supported": []string{"header"},
+		"dpop_signing_alg_values_supported": assertionAlgs,
 	}, nil
 }
 

@@ -13,6 +13,7 @@ type problem struct {
 	message string // printable ASCII without quotes and backslashes (RFC 6749, section 5.2)
 	details map[string]any
 	scope   string // that was missing
+	bound   bool   // what was shown is good for the holder of a key (RFC 9449, section 7.1)
 }
 
 func (p *problem) Error() string { return p.code + ": " + p.message }
@@ -34,11 +35,14 @@ var (
 	errGrantType  = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_grant_type", message: "The grant_type must be client_credentials."}
 	errScope      = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_scope", message: "The scope has faults."}
 	errResource   = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_target", message: "A resource must be an absolute URI without a fragment."}
+	errProof      = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_dpop_proof", message: "The DPoP proof is not right."}
 	errNoRedirect = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_response_type", message: "There is no authorization endpoint here; agents use grant_type=client_credentials at POST /api/v1/token."}
 	errRetention  = &problem{status: 400, code: "RETENTION_WINDOW_EXCEEDED", message: "The audit log is not served that far back; details.oldest is the limit."}
 
 	errNoToken        = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The header Authorization: Bearer TOKEN is needed, with a token from POST /api/v1/token; not in the URL, and by no other scheme."}
 	errInvalidToken   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is revoked, or its credential or agent is."}
+	errUnproved       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is bound to a key.", bound: true}
+	errWrongProof     = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_dpop_proof", message: "The DPoP proof is not right.", bound: true}
 	errNoClient       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "Client authentication is needed: HTTP Basic, or in the body client_id and client_secret, or a client_assertion; not in the URL, and by no other scheme."}
 	errBadClient      = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The client_id (an agentId) is unknown, or its client_secret (sk_live_ and 64 hex digits) is wrong, revoked or expired."}
 	errBadAssertion   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "No active key of this client has signed the client_assertion."}

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -13,146 +15,172 @@ import (
 // says for ever on whose behalf it acts, reaches no farther than both, and is dead once
 // anything that it came from is.
 
-const (
-	exchangeGrant = "urn:ietf:params:oauth:grant-type:token-exchange"
-	maxDepth      = 3 // who may act for a subject, one behind the other
-)
+const maxDepth = 3 // who may act for a subject, one behind the other
 
-// grantToken is POST /api/v1/token.
-func (s *server) grantToken(r *request) (any, error) {
-	if r.form.Get("grant_type") != exchangeGrant {
-		return s.issueToken(r)
+// issueToken is POST /api/v1/token.
+func (s *server) issueToken(r *request) (any, error) {
+	check := s.checkGrant
+	if r.form.Get("grant_type") == exchangeGrant {
+		check = s.checkExchange
 	}
-	subject, needs, bad := s.checkParties(r)
-	if bad != nil {
-		return s.issue(r, grant{}, bad)
+	g, err := check(r)
+	if err == nil {
+		err = sayOfProof(errProof, s.bind(r, &g))
 	}
-	g := grant{subject: subject.Subject, actor: &actor{r.caller.AgentID, subject.Actor}, chain: withToken(needs), needs: needs, end: subject.Expires}
-	from, err := loadAgent(r.Context(), s.db, subject.Subject)
-	switch {
-	case err != nil && !errors.Is(err, errNoAgent):
-		return nil, err
-	case !slices.Contains(from.Delegates, r.caller.AgentID):
-		bad = errClientInactive.because("The agent " + subject.Subject + " has no delegate " + r.caller.AgentID + "; an operator adds it to its delegates.")
-	}
-	if bad == nil {
-		g.scope, bad = exchangeScope(r.form.Get("scope"), strings.Fields(subject.Scope), r.caller.scopes)
-	}
-	if bad == nil {
-		g.audience, bad = exchangeAudience(r.form["resource"], subject.Audience, s.cfg.issuer, from.Resources, r.caller.Resources)
-	}
-	return s.issue(r, g, bad)
+	return s.issue(r, g, err)
 }
 
-// checkParties returns the token of the subject. The caller is the worker, or becomes it
-// by the token that it brings along of that: then it must be whom the subject's token
-// was issued to. Needs are what must be alive beside the caller.
-func (s *server) checkParties(r *request) (subject claims, needs []origin, err error) {
-	form := r.form
-	for name, want := range map[string]string{"subject_token_type": accessTokenType, "requested_token_type": accessTokenType, "actor_token_type": accessTokenType} {
-		given, needed := form.Get(name), name != "requested_token_type" && form.Get(strings.TrimSuffix(name, "_type")) != ""
-		if given != "" && given != want || needed && given == "" {
-			return subject, nil, errForm.because("The " + name + " must be " + want + ".")
+// checkExchange decides what an exchanged token is to carry. The caller is the worker; or
+// it is whom the subject_token was issued to, and brings a token of the worker along, whose
+// scopes narrow too.
+func (s *server) checkExchange(r *request) (g grant, err error) {
+	if err = checkExchangeForm(r.form); err != nil {
+		return g, err
+	}
+	subject, err := s.readParty(r, "subject_token")
+	if err != nil {
+		return g, err
+	}
+	r.tells = facts{"subject": subject.Subject, "subjectJti": subject.ID}
+	g = grant{client: r.caller, subject: subject.Subject, needs: subject.origins(), chain: subject.origins(), end: subject.Expires, bound: subject.boundTo()}
+	limits := [][]string{strings.Fields(subject.Scope)}
+	if r.form.Get("actor_token") != "" {
+		worker, err := s.readParty(r, "actor_token")
+		switch {
+		case err != nil:
+		case r.caller.AgentID != subject.ClientID:
+			err = errForm.because("An actor_token is brought by the client of the subject_token, and this is another.")
+		case worker.Chain != nil || !slices.Contains(worker.Audience, s.cfg.issuer):
+			err = errForm.because("The actor_token must be one that its client got for " + s.cfg.issuer + ", by no exchange.")
+		default:
+			g.client, err = s.loadClient(r.Context(), worker)
+		}
+		if err != nil {
+			return g, err
+		}
+		r.tells["actor"], g.isBrought, g.key = worker.ClientID, true, worker.boundTo()
+		g.needs, g.chain = append(g.needs, worker.origin()), append(g.chain, origin{TokenID: worker.ID}) // the credential is the new token's
+		g.end, limits = min(g.end, worker.Expires), append(limits, strings.Fields(worker.Scope))
+	}
+	if g.actor, err = handOn(subject, g.client.AgentID); err != nil {
+		return g, err
+	}
+	from, row := allowance{}, uint32(0)
+	err = s.db.QueryRow(r.Context(), `select delegates, resources, proof_required, xmin from agents where agent_id = $1`, subject.Subject).
+		Scan(&from.Delegates, &from.Resources, &g.proofRequired, &row)
+	switch {
+	case err != nil && !errors.Is(err, pgx.ErrNoRows):
+		return g, fmt.Errorf("loading a subject: %w", err)
+	case !slices.Contains(from.Delegates, g.client.AgentID):
+		return g, errClientInactive.because("The agent " + subject.Subject + " has no delegate " + g.client.AgentID + "; an operator adds it to its delegates.")
+	}
+	g.rows = map[string]uint32{subject.Subject: row, g.client.AgentID: g.client.row}
+	g.scope, err = exchangeScope(r.form.Get("scope"), append(limits, g.client.scopes))
+	if err == nil {
+		g.audience, err = exchangeAudience(r.form["resource"], subject.Audience, s.cfg.issuer, from.Resources, g.client.Resources)
+	}
+	return g, err
+}
+
+// checkExchangeForm refuses what RFC 8693, section 2.1, has and we don't.
+func checkExchangeForm(form url.Values) error {
+	for _, token := range []string{"subject_token", "actor_token", "requested_token"} {
+		given := form.Get(token + "_type")
+		if given != "" && given != accessTokenType || given == "" && form.Get(token) != "" {
+			return errForm.because("The " + token + "_type must be " + accessTokenType + ".")
 		}
 	}
 	if form.Get("actor_token_type") != "" && form.Get("actor_token") == "" {
-		return subject, nil, errForm.because("There is an actor_token_type, and no actor_token.")
+		return errForm.because("There is an actor_token_type, and no actor_token.")
 	}
-	for _, name := range []string{"audience", "aud", "resources", "scopes"} {
-		if form.Get(name) != "" {
-			return subject, nil, errForm.because("There is no parameter " + name + " here; take resource and scope.")
-		}
+	return checkNames(form)
+}
+
+// bind decides to which key a token is bound: that of the proof; or where a worker's token
+// was brought along, that of this one. No binding is dropped by an exchange.
+func (s *server) bind(r *request, g *grant) (err error) {
+	if g.proof, err = s.openProof(r, ""); err != nil {
+		return err
 	}
-	if subject, err = s.readParty(form.Get("subject_token"), "subject_token"); err != nil {
-		return subject, nil, err
+	shown := g.proof.thumbprint
+	needed := shown != "" || g.bound != "" || g.proofRequired || g.client.ProofRequired
+	switch {
+	case g.isBrought && g.bound != "" && shown != g.bound:
+		return flaw("must be there, in the header DPoP, and by the key that the subject_token is bound to")
+	case g.isBrought && needed && g.key == "":
+		return flaw("takes an actor_token that is bound to a key, to which the new token is bound")
+	case g.isBrought:
+	case needed && shown == "":
+		return flaw("must be there, in the header DPoP: this agent, or whom it acts for, has tokens only that are bound to a key")
+	default:
+		g.key = shown
 	}
-	needs = subject.origins()
-	if text := form.Get("actor_token"); text != "" {
-		worker, err := s.readParty(text, "actor_token")
-		if err == nil && r.caller.AgentID != subject.ClientID {
-			err = errForm.because("An actor_token is brought by the client of the subject_token, and this is another.")
-		}
-		if err == nil && (worker.Chain != nil || !slices.Contains(worker.Audience, s.cfg.issuer)) {
-			err = errForm.because("The actor_token must be one that its client got for " + s.cfg.issuer + ", by no exchange.")
-		}
-		if err != nil {
-			return subject, nil, err
-		}
-		needs = append(needs, origin{TokenID: worker.ID}, r.caller.origin) // its credential is that of the new token
-		subject.Expires = min(subject.Expires, worker.Expires)
-		if err := s.become(r, worker); err != nil {
-			return subject, nil, err
-		}
-	}
-	involved := []string{subject.Subject}
-	depth := 1
-	for a := subject.Actor; a != nil; a = a.Before {
-		involved, depth = append(involved, a.Subject), depth+1
-	}
-	if slices.Contains(involved, r.caller.AgentID) {
-		return subject, nil, errForm.because("The agent " + r.caller.AgentID + " would act for itself, or for whom it has handed on to.")
-	}
-	if depth > maxDepth {
-		return subject, nil, errForm.because("The subject_token has been handed on three times, which is the most.")
-	}
-	return subject, needs, nil
+	return nil
 }
 
 // readParty reads a token of ours that is valid now. Whether it is alive shows when the
 // new one is stored.
-func (s *server) readParty(text, name string) (claims, error) {
-	if text == "" {
+func (s *server) readParty(r *request, name string) (claims, error) {
+	if r.form.Get(name) == "" {
 		return claims{}, errForm.because("The body lacks " + name + "=TOKEN.")
 	}
-	c, err := s.keys.Load().verify(text, s.cfg.issuer)
-	if err == nil {
-		err = c.validAt(s.now())
-	}
+	c, err := s.readToken(r.form.Get(name))
 	if err != nil {
-		return claims{}, errForm.because("The " + name + " is " + err.Error() + ".")
+		err = errForm.because("The " + name + " is " + err.Error() + ".")
 	}
-	return c, nil
+	return c, err
 }
 
-// become makes the caller the client of a token, with all that a client has.
-func (s *server) become(r *request, c claims) error {
+// loadClient is the client of a token, with all that a client has.
+func (s *server) loadClient(ctx context.Context, c claims) (caller, error) {
 	var o client
-	err := s.db.QueryRow(r.Context(), `
+	err := s.db.QueryRow(ctx, `
 		select `+clientColumns+`
 		from credentials c
 		join agents a on a.agent_id = c.client_id
 		where c.credential_id = $1 and c.secret_id = $2`, c.CredentialID, c.SecretID).Scan(o.columns()...)
 	if errors.Is(err, pgx.ErrNoRows) || err == nil && o.refusal() != nil {
-		return errForm.because("The actor_token has ended.")
+		return o.caller, errForm.because("The actor_token has ended.")
 	}
 	if err != nil {
-		return fmt.Errorf("loading a worker: %w", err)
+		return o.caller, fmt.Errorf("loading a worker: %w", err)
 	}
-	o.use = r.caller.use
-	r.caller = o.caller
-	return nil
+	return o.caller, nil
 }
 
-// withToken are those that are tokens.
-func withToken(list []origin) []origin {
-	return slices.DeleteFunc(slices.Clone(list), func(o origin) bool { return o.TokenID == "" })
+// handOn puts an agent before those who acted for the subject so far.
+func handOn(subject claims, to string) (*actor, error) {
+	if subject.Subject == to {
+		return nil, errForm.because("The agent " + to + " is in the subject_token already, as its sub: it uses the token that it has.")
+	}
+	depth := 1
+	for a := subject.Actor; a != nil; a = a.Before {
+		if depth++; a.Subject == to {
+			return nil, errForm.because("The agent " + to + " is in the subject_token already, in act: it uses the token that it had.")
+		}
+	}
+	if depth > maxDepth {
+		return nil, errForm.because("The subject_token has been handed on three times, which is the most.")
+	}
+	return &actor{to, subject.Actor}, nil
 }
 
-// exchangeScope is what was asked for, or all that both have, without our own scopes,
-// which nobody can hand on. To ask for more than that is refused.
-func exchangeScope(asked string, subject, worker []string) (string, error) {
+// exchangeScope is what was asked for, or all that all of these lists have, without our
+// own scopes, which nobody can hand on. To ask for more than that is refused.
+func exchangeScope(asked string, lists [][]string) (string, error) {
 	mayNot := func(scope string) bool {
-		return !covers(subject, scope) || !covers(worker, scope) || slices.Contains(ourScopes, scope)
+		lacks := func(list []string) bool { return !covers(list, scope) }
+		return slices.ContainsFunc(lists, lacks) || slices.Contains(ourScopes, scope)
 	}
-	granted := slices.DeleteFunc(slices.Concat(subject, worker), mayNot)
+	granted := slices.DeleteFunc(slices.Concat(lists...), mayNot)
 	if asked != "" {
 		granted = strings.Split(asked, " ")
 	}
 	if slices.ContainsFunc(granted, mayNot) { // and what is no name
-		return "", errScope.because("The scope must be names separated by single spaces, each of the subject_token's and of the worker's capabilities, and none of AgentIdP's own; it was '" + clip(asked) + "'.")
+		return "", errScope.because("The scope must be names separated by single spaces, each of the tokens' and of the worker's capabilities, and none of AgentIdP's own; it was '" + clip(asked) + "'.")
 	}
 	if len(granted) == 0 {
-		return "", errScope.because("The subject_token and the worker's capabilities have nothing in common that can be handed on.")
+		return "", errScope.because("The tokens and the worker's capabilities have nothing in common that can be handed on.")
 	}
 	slices.Sort(granted)
 	scope := strings.Join(slices.Compact(granted), " ")

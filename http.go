@@ -38,6 +38,7 @@ type request struct {
 	body   []byte
 	form   url.Values // at the token endpoints
 	caller caller
+	tells  map[string]any // what the event of a refusal says, beside who and why
 }
 
 // A route is what can be called, by whom, and how. Who identifies the caller,
@@ -77,6 +78,8 @@ func (r *request) presents(scheme string) bool {
 	have, _, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	return strings.EqualFold(have, scheme)
 }
+
+func (r *request) presentsToken() bool { return r.presents("Bearer") || r.presents("DPoP") }
 
 var (
 	requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
@@ -154,7 +157,7 @@ func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (preflight 
 		return false
 	}
 	h.Set("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE")
-	h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, MCP-Protocol-Version, X-Request-Id")
+	h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, DPoP, MCP-Protocol-Version, X-Request-Id")
 	h.Set("Access-Control-Max-Age", "600")
 	return true
 }
@@ -290,16 +293,20 @@ func (s *server) fail(r *request, rt route, err error) (status int, code string,
 // to ask for it (RFC 9728, section 5.1).
 func (s *server) challenge(r *request, form envelope, p *problem) {
 	const realm = ` realm="agentidp"`
-	bearer := "Bearer" + realm + `, resource_metadata="` + s.cfg.wellKnown("oauth-protected-resource") + `"`
+	scheme, algs := "Bearer", ""
+	if p.bound || r.presents("DPoP") {
+		scheme, algs = "DPoP", `, algs="`+strings.Join(assertionAlgs, " ")+`"`
+	}
+	token := scheme + realm + `, resource_metadata="` + s.cfg.wellKnown("oauth-protected-resource") + `"` + algs
 	reason := `, error="` + p.oauth + `", error_description="` + p.message + `"`
 	if p.scope != "" {
 		reason += `, scope="` + p.scope + `"`
 	}
 	switch {
-	case r.presents("Bearer") && p.oauth != errNoClient.oauth:
-		r.out.Set("WWW-Authenticate", bearer+reason)
+	case r.presentsToken() && p.oauth != errNoClient.oauth:
+		r.out.Set("WWW-Authenticate", token+reason)
 	case form == rest:
-		r.out.Set("WWW-Authenticate", bearer)
+		r.out.Set("WWW-Authenticate", token)
 	case r.Header.Get("Authorization") != "" || r.form.Get("client_secret") != "" || r.form.Get("client_assertion") != "":
 		r.out.Set("WWW-Authenticate", "Basic"+realm+reason)
 	default:

@@ -6,9 +6,12 @@ import (
 	"crypto/ecdsa"
 	"crypto/ed25519"
 	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"math/big"
@@ -18,7 +21,7 @@ import (
 	"time"
 )
 
-// Keys of others, and what they sign. Ours are in jwt.go.
+// Keys of others, and what they sign; and how new ones are made. Ours are in jwt.go.
 
 // A jwk is the public key of a client (RFC 7517), as it is stored: the members
 // that make it, the one algorithm that it is for, and by what it is chosen.
@@ -169,9 +172,10 @@ func (k jwk) verifies(a assertion) bool {
 const assertionLife = 5 * time.Minute // that one of a client may live on, by our clock
 
 // An assertion is what one says. Nothing of it is true before a key verifies it.
-// What its header says of keys (jwk, jku, x5u, x5c) is not looked at.
+// What its header says of keys (jwk, jku, x5u, x5c) is not looked at, but the jwk of a proof (dpop.go).
 type assertion struct {
 	signed   string // header and payload, as they came
+	header   map[string]any
 	sig      []byte
 	typ, alg string
 	kid      string // "" where it doesn't say
@@ -195,6 +199,8 @@ type flaw string
 
 func (f flaw) Error() string { return string(f) }
 
+const replayed = flaw("was used before; each needs a jti of its own")
+
 // readAssertion reads what has the right form, and fails with a flaw.
 func readAssertion(text string) (a assertion, err error) {
 	header64, rest, _ := strings.Cut(text, ".")
@@ -208,7 +214,7 @@ func readAssertion(text string) (a assertion, err error) {
 	if _, given := header["crit"]; given { // extensions that we don't know (RFC 7515, section 4.1.11)
 		return a, flaw("must not have crit in its header")
 	}
-	a = assertion{signed: text[:len(header64)+1+len(payload64)], sig: sig, claims: claims}
+	a = assertion{signed: text[:len(header64)+1+len(payload64)], header: header, sig: sig, claims: claims}
 	a.alg, _ = header["alg"].(string)
 	if typ, given := header["typ"]; given {
 		a.typ = cmp.Or(fmt.Sprint(typ), "empty")
@@ -281,4 +287,23 @@ func decodeObject(text string) (object map[string]any, err error) {
 		err = errBadToken // null
 	}
 	return object, err
+}
+
+// newKeyPEM makes a signing key for RS256 (of 2048 bits) or ES256, in PKCS#8.
+func newKeyPEM(alg string) ([]byte, error) {
+	var key any
+	var err error
+	if alg == "ES256" {
+		key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	} else {
+		key, err = rsa.GenerateKey(rand.Reader, 2048)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("making a key: %w", err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, fmt.Errorf("encoding a key: %w", err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
 }

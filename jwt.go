@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
@@ -31,6 +30,7 @@ const (
 )
 
 const (
+	maxMemoBytes  = 2 << 10  // longer ones are opened each time
 	maxTokenBytes = 15 << 10 // longer ones are refused unread; a body holds it
 	maxTokenTTL   = 24 * time.Hour
 	clockSkew     = 10 // seconds that a copy may be behind another in what it knows of PostgreSQL's clock
@@ -59,6 +59,12 @@ type claims struct {
 	SecretID     string   `json:"secret_id"`       // changes when the credential is rotated
 	Actor        *actor   `json:"act,omitempty"`   // of one that came by exchange: its client, and who acted before
 	Chain        []origin `json:"chain,omitempty"` // and the tokens that it came from, the newest first
+	Key          *holder  `json:"cnf,omitempty"`   // of one that only its holder can use
+}
+
+// A holder is who has the key that a token is bound to (RFC 9449, section 6.1).
+type holder struct {
+	Thumbprint string `json:"jkt"`
 }
 
 // An actor is who acts for the subject, and behind it who did before (RFC 8693,
@@ -80,6 +86,22 @@ type origin struct {
 }
 
 func (c claims) origin() origin { return origin{c.ClientID, c.CredentialID, c.SecretID, c.ID} }
+
+// kind is the token_type, and the scheme behind which it goes.
+func (c claims) kind() string {
+	if c.Key == nil {
+		return "Bearer"
+	}
+	return "DPoP"
+}
+
+// boundTo is the thumbprint of the key that it is bound to, or "".
+func (c claims) boundTo() string {
+	if c.Key == nil {
+		return ""
+	}
+	return c.Key.Thumbprint
+}
 
 // origins are all that it came from, itself first.
 func (c claims) origins() []origin { return append([]origin{c.origin()}, c.Chain...) }
@@ -386,25 +408,6 @@ func (k *keyset) jwks() (list []map[string]string) {
 	return list
 }
 
-// newKeyPEM makes a signing key for RS256 (of 2048 bits) or ES256, in PKCS#8.
-func newKeyPEM(alg string) ([]byte, error) {
-	var key any
-	var err error
-	if alg == "ES256" {
-		key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	} else {
-		key, err = rsa.GenerateKey(rand.Reader, 2048)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("making a key: %w", err)
-	}
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, fmt.Errorf("encoding a key: %w", err)
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
-}
-
 // A memo remembers what a pure function has returned, for up to memoSize
 // arguments. So nothing in it ever has to be invalidated.
 type memo[V any] struct {
@@ -412,10 +415,7 @@ type memo[V any] struct {
 	values map[[sha256.Size]byte]V // by a digest of the argument
 }
 
-const (
-	memoSize     = 1 << 14
-	maxMemoBytes = 2 << 10 // of a token; longer ones are opened each time
-)
+const memoSize = 1 << 14
 
 func (m *memo[V]) get(key [sha256.Size]byte) (v V, ok bool) {
 	m.mu.Lock()

@@ -267,7 +267,7 @@ func (s *server) routes() []route {
 		{"DELETE /api/v1/agents/{agentId}/credentials/{credentialId}", 204, s.bearer(agentsWrite, credentialsWrite), s.revokeCredential, rest, credentialRevoked},
 		{"DELETE /api/v1/credentials", 204, s.bearer(agentsWrite), s.revokeWorkloads, rest, credentialRevoked},
 
-		{"POST /api/v1/token", 200, s.authenticateClient, s.grantToken, oauth, tokenIssued},
+		{"POST /api/v1/token", 200, s.authenticateClient, s.issueToken, oauth, tokenIssued},
 		{"POST /api/v1/token/introspect", 200, s.bearerOrClient(tokensRead), s.introspectToken, oauth, tokenIntrospected},
 		{"POST /api/v1/token/revoke", 200, s.bearerOrClient(""), s.revokeToken, oauth, tokenRevoked},
 		{"GET /api/v1/authorize", 200, public, refuse(errNoRedirect), oauth, ""},

@@ -38,22 +38,22 @@ const (
 //
 // The key is the monthly counter, if there is one. ARGV are the owner of the window, its
 // limit, the monthly quota, what PostgreSQL counted of it so far (-1: not asked),
-// and when the month ends. A limit of 0 is none.
+// when the month ends, and how long a window is, in milliseconds. A limit of 0 is none.
 //
 // The clock is Redis's own. Window and expiry are set in one script, so that
 // no crash leaves a counter that never ends. What is refused is not counted,
 // except a request that finds the quota spent.
 var admitScript = redis.NewScript(`
-local limit, quota, seed = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local limit, quota, seed, length = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local window, elapsed = math.floor(now / 60000), now % 60000
+local window, elapsed = math.floor(now / length), now % length
 local key = 'rate:' .. ARGV[1] .. ':'
 local current, previous = 0, 0
 if limit > 0 then
 	current = tonumber(redis.call('GET', key .. window) or 0)
 	previous = tonumber(redis.call('GET', key .. window - 1) or 0)
-	if previous * (60000 - elapsed) / 60000 + current + 1 > limit then
+	if previous * (length - elapsed) / length + current + 1 > limit then
 		return {'limited', previous, current, now}
 	end
 end
@@ -62,7 +62,7 @@ if used < 0 then used = seed end -- 0.1.0 left such
 if used < 0 then return {'uncounted', 0, 0, 0} end
 if limit > 0 then
 	current = redis.call('INCR', key .. window)
-	redis.call('PEXPIRE', key .. window, 120000)
+	redis.call('PEXPIRE', key .. window, 2 * length)
 end
 if quota > 0 then
 	if used >= quota then return {'spent', previous, current, now} end
@@ -97,7 +97,7 @@ func (s *server) admit(ctx context.Context, owner string, limit int, month strin
 		return v
 	}
 	reply, err := s.redis.ask(ctx, admitScript, keys,
-		owner, limit, quota, counted, nextMonth(s.now()).Add(24*time.Hour).UnixMilli())
+		owner, limit, quota, counted, nextMonth(s.now()).Add(24*time.Hour).UnixMilli(), time.Minute.Milliseconds())
 	if err == nil && len(reply) == 4 {
 		v.limit = int64(limit)
 		v.state, _ = reply[0].(string)

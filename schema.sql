@@ -74,9 +74,12 @@ begin
             add column monthly_token_limit int check (monthly_token_limit >= 0),
             add column token_ttl int check (token_ttl > 0); -- seconds
     end if;
-    -- Since version 5: who may act for it by token exchange.
-    if not exists (select from pg_attribute where attrelid = 'agents'::regclass and attname = 'delegates') then
-        alter table agents add column delegates text[] not null default '{}';
+    -- Since version 5: who may act for it by token exchange; and whether its tokens are
+    -- bound to a key.
+    if not exists (select from pg_attribute where attrelid = 'agents'::regclass and attname = 'proof_required') then
+        alter table agents
+            add column if not exists delegates text[] not null default '{}',
+            add column proof_required boolean not null default false;
     end if;
 end $$;
 create unique index if not exists agents_email on agents (lower(email));

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -13,65 +14,72 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-const accessTokenType = "urn:ietf:params:oauth:token-type:access_token" // RFC 8693, section 3
+const (
+	exchangeGrant   = "urn:ietf:params:oauth:grant-type:token-exchange" // RFC 8693, section 2.1
+	accessTokenType = "urn:ietf:params:oauth:token-type:access_token"   // section 3
+)
 
-// A grant is what a token is to carry.
+// A grant is what a token is to carry, and to whom it is issued.
 type grant struct {
+	client   caller
 	scope    string
 	audience audience
-	subject  string   // whom it acts for
-	actor    *actor   // of one that acts for another, as all that follows
-	chain    []origin // the tokens that it comes from
-	needs    []origin // what else must be alive
-	end      int64    // seconds since 1970, which it must not outlive; 0 is none
-}
+	subject  string            // whom it acts for
+	rows     map[string]uint32 // of the agents that it was decided by, as they were read
+	actor    *actor            // of one that acts for another, as all that follows
+	chain    []origin          // the tokens that it comes from
+	needs    []origin          // what must be alive beside the caller
+	end      int64             // seconds since 1970, which it must not outlive; 0 is none
 
-// issueToken is the client credentials grant (RFC 6749, section 4.4).
-func (s *server) issueToken(r *request) (any, error) {
-	g, bad := s.checkGrant(r)
-	return s.issue(r, g, bad)
+	proof         shownProof
+	key           string // the thumbprint of the one that it is bound to; "" is none
+	bound         string // that of a token which it comes from
+	isBrought     bool   // by a token of its client that another brings along, of which key is
+	proofRequired bool   // by the agent that it acts for
 }
 
 // issue counts a request for a token, and issues it unless that is bad.
 func (s *server) issue(r *request, g grant, bad error) (any, error) {
 	now := s.now()
-	month := monthKey(r.caller.AgentID, now)
-	if bad != nil || s.quotaOf(r.caller) == 0 {
+	month := monthKey(g.client.AgentID, now)
+	if bad != nil {
+		g.client = r.caller
+	}
+	if bad != nil || s.quotaOf(g.client) == 0 {
 		month = "" // spends nothing of the quota
 	}
-	counted, err := s.spend(r, byCredential, month)
+	counted, err := s.spend(r, g.client, byCredential, month)
 	if err != nil {
 		return nil, err
 	}
-	if bad != nil {
-		return nil, bad
+	if err = bad; err == nil {
+		err = sayOfProof(errProof, s.once(r.Context(), g.proof))
 	}
-	expires := now.Add(s.cfg.tokenTTL).Unix()
-	if own := r.caller.TokenTTL; own != nil {
-		expires = now.Unix() + int64(*own)
+	if err != nil {
+		if counted {
+			s.redis.giveBack(r.Context(), month)
+		}
+		return nil, err
 	}
-	if end := r.caller.expiresAt; end != nil { // no token outlives its credential
-		expires = min(expires, end.Unix())
-	}
-	if g.end != 0 {
-		expires = min(expires, g.end)
-	}
-	c := claims{
-		Issuer: s.cfg.issuer, Subject: g.subject, Audience: g.audience, ClientID: r.caller.AgentID, Scope: g.scope,
-		ID: s.newID(), IssuedAt: now.Unix(), Expires: expires,
-		CredentialID: r.caller.CredentialID, SecretID: r.caller.SecretID, Actor: g.actor, Chain: g.chain,
-	}
-	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": g.scope, "exp": expires}
+	c := s.claimsOf(g, now)
+	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": c.Scope, "exp": c.Expires}
 	if r.caller.proved != nil {
 		f["workload"] = r.caller.proved
 	}
-	if g.audience[0] != s.cfg.issuer || len(g.audience) > 1 {
-		f["aud"] = g.audience
+	if c.Audience[0] != s.cfg.issuer || len(c.Audience) > 1 {
+		f["aud"] = c.Audience
 	}
-	if g.actor != nil {
-		f["subject"], f["act"], f["chain"] = g.subject, g.actor, g.chain
+	if c.Key != nil {
+		f["jkt"] = c.Key.Thumbprint
 	}
-	stored := s.record(r, newEvent(tokenIssued, c.ClientID, f), append([]origin{r.caller.origin}, g.needs...), nil) // goes on while we sign
+	if c.Actor != nil {
+		f["subject"], f["act"], f["chain"] = c.Subject, c.Actor, c.Chain
+	}
+	e := newEvent(tokenIssued, c.ClientID, f)
+	if c.ClientID != r.caller.AgentID {
+		f["requestedBy"], e.ActorID = r.caller.AgentID, e.AgentID
+	}
+	stored := s.record(r, entry{event: e, needs: append([]origin{r.caller.origin}, g.needs...), rows: g.rows}) // goes on while we sign
 	token, err := s.keys.Load().sign(accessToken, c)
 	if _, storeErr := stored(); storeErr != nil || err != nil {
 		if counted {
@@ -80,39 +88,74 @@ func (s *server) issue(r *request, g grant, bad error) (any, error) {
 		return nil, errors.Join(storeErr, err)
 	}
 	s.meter.add(1, "agentidp_tokens_issued_total", "")
-	answer := struct {
-		AccessToken string `json:"access_token"`
-		IssuedType  string `json:"issued_token_type,omitempty"`
-		TokenType   string `json:"token_type"`
-		ExpiresIn   int64  `json:"expires_in"` // seconds
-		Scope       string `json:"scope"`
-	}{token, "", "Bearer", expires - now.Unix(), g.scope}
-	if g.actor != nil {
+	answer := tokenAnswer{token, "", c.kind(), c.Expires - now.Unix(), c.Scope}
+	if c.Actor != nil {
 		answer.IssuedType = accessTokenType
 	}
 	return answer, nil
 }
 
-// checkGrant decides what the token is to carry.
+// A tokenAnswer is that of RFC 6749, section 5.1, and RFC 8693, section 2.2.1.
+type tokenAnswer struct {
+	AccessToken string `json:"access_token"`
+	IssuedType  string `json:"issued_token_type,omitempty"` // of one that came by exchange
+	TokenType   string `json:"token_type"`
+	ExpiresIn   int64  `json:"expires_in"` // seconds
+	Scope       string `json:"scope"`
+}
+
+// claimsOf are those of a token that is issued now.
+func (s *server) claimsOf(g grant, now time.Time) claims {
+	c := claims{
+		Issuer: s.cfg.issuer, Subject: g.subject, Audience: g.audience, ClientID: g.client.AgentID, Scope: g.scope,
+		ID: s.newID(), IssuedAt: now.Unix(), Expires: now.Add(s.cfg.tokenTTL).Unix(),
+		CredentialID: g.client.CredentialID, SecretID: g.client.SecretID, Actor: g.actor, Chain: g.chain,
+	}
+	if own := g.client.TokenTTL; own != nil {
+		c.Expires = now.Unix() + int64(*own)
+	}
+	if end := g.client.expiresAt; end != nil { // no token outlives its credential
+		c.Expires = min(c.Expires, end.Unix())
+	}
+	if g.end != 0 {
+		c.Expires = min(c.Expires, g.end)
+	}
+	if g.key != "" {
+		c.Key = &holder{g.key}
+	}
+	return c
+}
+
+// checkGrant decides what a token is to carry by the client credentials grant (RFC 6749,
+// section 4.4), or by that of a workload.
 func (s *server) checkGrant(r *request) (g grant, err error) {
 	switch grant := r.form.Get("grant_type"); {
 	case grant == "client_credentials", s.tradesAssertion(r):
 	case grant == "":
 		return g, errForm.because("The body lacks grant_type=client_credentials.")
 	default:
-		return g, errGrantType.because("The grant_type must be client_credentials; it was '" + clip(r.form.Get("grant_type")) + "'.")
+		return g, errGrantType.because("The grant_type must be client_credentials or " + exchangeGrant + "; it was '" + clip(r.form.Get("grant_type")) + "'.")
 	}
-	for name, right := range map[string]string{"audience": "resource (RFC 8707)", "aud": "resource (RFC 8707)", "resources": "resource", "scopes": "scope"} {
-		if r.form.Get(name) != "" { // others are ignored (RFC 6749, section 3.2), but these would silently get more than was asked for
-			return g, errForm.because("There is no parameter " + name + "; it is called " + right + ".")
-		}
+	if err = checkNames(r.form); err != nil {
+		return g, err
 	}
-	g.subject = r.caller.AgentID
+	g = grant{client: r.caller, subject: r.caller.AgentID, rows: r.caller.rows()}
 	if g.scope, err = grantScope(r.form.Get("scope"), r.caller.scopes); err != nil {
 		return g, err
 	}
 	g.audience, err = grantAudience(r.form["resource"], s.cfg.issuer, r.caller.Resources)
 	return g, err
+}
+
+// checkNames refuses what would silently get more than was asked for; other names are
+// ignored (RFC 6749, section 3.2).
+func checkNames(form url.Values) error {
+	for name, right := range map[string]string{"audience": "resource (RFC 8707)", "aud": "resource (RFC 8707)", "resources": "resource", "scopes": "scope"} {
+		if form.Get(name) != "" {
+			return errForm.because("There is no parameter " + name + "; it is called " + right + ".")
+		}
+	}
+	return nil
 }
 
 // scopePattern is the grammar of RFC 6749, section 3.3.
@@ -184,24 +227,23 @@ func grantAudience(resources []string, issuer string, allowed []string) (audienc
 // introspectToken is RFC 7662. Whatever is wrong with a token, the answer is
 // the same.
 func (s *server) introspectToken(r *request) (any, error) {
-	c, err := s.keys.Load().verify(r.form.Get("token"), s.cfg.issuer)
-	f, isValid := facts{"active": false}, err == nil && c.validAt(s.now()) == nil
-	var asks []origin
-	if isValid {
+	c, err := s.readToken(r.form.Get("token"))
+	f, asks := facts{"active": false}, []origin(nil)
+	if err == nil {
 		f["active"], f["jti"], asks = true, c.ID, c.origins()
 	}
-	found, err := s.record(r, newEvent(tokenIntrospected, c.ClientID, f), []origin{r.caller.origin}, asks)()
+	found, err := s.record(r, entry{event: newEvent(tokenIntrospected, c.ClientID, f), needs: []origin{r.caller.origin}, rows: r.caller.rows(), asks: asks})()
 	if err != nil {
 		return nil, err
 	}
-	if !isValid || !found.active {
+	if asks == nil || !found.active {
 		return map[string]bool{"active": false}, nil
 	}
 	return struct {
 		Active    bool   `json:"active"`
 		TokenType string `json:"token_type"`
 		claims
-	}{true, "Bearer", c}, nil
+	}{true, c.kind(), c}, nil
 }
 
 // revokeToken is RFC 7009. What is no token of ours needs nothing. One that isn't

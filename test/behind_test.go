@@ -249,3 +249,54 @@ func TestClaimsThatAreNoIDsAreNobodys(t *testing.T) {
 		t.Errorf("of 20 good requests beside them %d are served", asked.Load())
 	}
 }
+
+// What an agent may is taken away, and behind that in the log nothing says that it may: who
+// was found to be right before is told to come again.
+func TestNothingIsGivenOutByWhatWasTakenAway(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	w := v.another()
+	for name, change := range map[string]string{
+		"a capability": `{"capabilities":["a:b"]}`, "a resource": `{"resources":["` + store + `"]}`, "time": `{"tokenTtl":60}`, "introspection": `{"capabilities":["a:b","a:c"]}`,
+		"a delegate": `{"delegates":[]}`, "a delegate's subject's resource": `{"resources":["` + store + `"]}`, "the worker's capability": `{"capabilities":["a:c"]}`,
+	} {
+		a, b := v.newParty("a:b", "a:c", tokensRead), v.newParty("a:b", "a:c")
+		v.delegate(a, b)
+		token, whose := v.tokenFor(a, ""), a
+		w.grant(a.id, a.secret, "") // so that nobody waits for bcrypt
+		w.grant(b.id, b.secret, "")
+		ask := func() answer { return w.grant(a.id, a.secret, "resource="+work) }
+		switch name {
+		case "introspection":
+			ask = func() answer { return w.form(a.id, a.secret, "/introspect", "token="+token) }
+		case "the worker's capability":
+			whose = b
+			fallthrough
+		case "a delegate", "a delegate's subject's resource":
+			ask = func() answer { return w.exchanges(b, token, "resource", work, "scope", "a:b") }
+		}
+		v.want(ask(), 200, "")
+		before := v.count(`select max(seq) from audit_events`)
+		tx := v.lockChain()
+		changed, made := make(chan answer, 1), make(chan answer, 1)
+		go func() { changed <- v.api(v.bearer, "PATCH", "/agents/"+whose.id, change) }()
+		v.eventually("the change waits for the chain", func() bool { return v.waiting() == 1 })
+		go func() { made <- ask() }()
+		v.eventually("what it lets in waits behind it", func() bool { return v.waiting() == 2 })
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := <-changed; got.status != 200 {
+			t.Fatalf("%s: the change is answered %v", name, got)
+		}
+		if got := <-made; got.status != 503 || got.code() != "temporarily_unavailable" || got.header.Get("Retry-After") != "1" || !strings.Contains(got.raw, "changed meanwhile") {
+			t.Errorf("%s is taken away, and behind it answered %v, want 503", name, got)
+		}
+		if n := v.count(`select count(*) from audit_events where seq > $1 and action like 'token.%'`, before); n != 0 {
+			t.Errorf("%s is taken away, and behind it the log has %d events", name, n)
+		}
+		if got := ask(); got.status == 503 || (got.status == 200) != (name == "time" || name == "a capability") || strings.Contains(got.text("scope"), "a:c") && name != "time" {
+			t.Errorf("%s is taken away: a while later answered %v", name, got)
+		}
+	}
+}

@@ -1,7 +1,6 @@
 package test
 
 import (
-	"cmp"
 	"encoding/json"
 	"fmt"
 	mathrand "math/rand/v2"
@@ -192,7 +191,7 @@ func TestExchangeRefusals(t *testing.T) {
 		more    []string
 		code    string
 		says    string
-		actor   string // whom the event is of, where that isn't who asked
+		actor   string // whose token was brought along to an event
 	}
 	rows := []row{
 		{"no token", b, "", nil, "invalid_request", "lacks subject_token", ""},
@@ -214,14 +213,14 @@ func TestExchangeRefusals(t *testing.T) {
 		{"type without token", b, "", []string{"actor_token_type", accessTokenType}, "invalid_request", "", ""},
 		{"actor's type without token", b, token, []string{"resource", work, "actor_token_type", accessTokenType}, "invalid_request", "actor_token_type, and no actor_token", ""},
 		{"actor's token without type", a, token, []string{"resource", work, "actor_token", own}, "invalid_request", "actor_token_type must be", ""},
-		{"the worker itself", b, own, []string{"resource", work}, "invalid_request", "would act for itself", ""},
-		{"the subject itself", a, token, []string{"resource", work}, "invalid_request", "would act for itself", ""},
-		{"the subject as its actor", a, token, withActor(v.tokenFor(a, ""), "resource", work), "invalid_request", "would act for itself", ""},
-		{"A to B to A", a, x1, nil, "invalid_request", "would act for itself", ""},
-		{"A to B to B", b, x1, nil, "invalid_request", "handed on to", ""},
-		{"A to B to C to B", b, x2, nil, "invalid_request", "handed on to", ""},
-		{"A to B to C to A", a, x2, nil, "invalid_request", "would act for itself", ""},
-		{"A to B to B, by actor_token", b, x1, withActor(own), "invalid_request", "handed on to", ""},
+		{"the worker itself", b, own, []string{"resource", work}, "invalid_request", "already, as its sub", ""},
+		{"the subject itself", a, token, []string{"resource", work}, "invalid_request", "already, as its sub", ""},
+		{"the subject as its actor", a, token, withActor(v.tokenFor(a, ""), "resource", work), "invalid_request", "already, as its sub", ""},
+		{"A to B to A", a, x1, nil, "invalid_request", "already, as its sub", ""},
+		{"A to B to B", b, x1, nil, "invalid_request", "already, in act", ""},
+		{"A to B to C to B", b, x2, nil, "invalid_request", "already, in act", ""},
+		{"A to B to C to A", a, x2, nil, "invalid_request", "already, as its sub", ""},
+		{"A to B to B, by actor_token", b, x1, withActor(own), "invalid_request", "already, in act", ""},
 		{"depth 4", e, x3, nil, "invalid_request", "three times", ""},
 		{"depth 4, by actor_token", d, x3, withActor(v.tokenFor(e, "")), "invalid_request", "three times", ""},
 
@@ -267,6 +266,8 @@ func TestExchangeRefusals(t *testing.T) {
 		{"a resource server, of a token of no exchange", server, bothWays, nil, "unauthorized_client", "has no delegate", ""},
 		{"the worker's delegate", second, x1, nil, "unauthorized_client", "The agent " + a.id + " has no delegate " + second.id, ""},
 		{"the worker's delegate, by actor_token", b, x1, withActor(v.tokenFor(second, "")), "unauthorized_client", "has no delegate", second.id},
+		{"a scope that the actor's token lacks", a, token, withActor(v.tokenFor(b, "scope=a:b"), "resource", work, "scope", "a:c"), "invalid_scope", "", ""},
+		{"no scope that the actor's token has", a, token, withActor(v.tokenFor(b, "scope=agents:read"), "resource", work), "invalid_scope", "nothing in common", ""},
 		{"an actor that is no delegate", a, token, withActor(v.tokenFor(server, ""), "resource", work), "unauthorized_client", "has no delegate", server.id},
 
 		{"an actor brought by another", c, token, withActor(own, "resource", work), "invalid_request", "brought by the client", ""},
@@ -318,7 +319,7 @@ func TestExchangeRefusals(t *testing.T) {
 				select count(*)
 				from audit_events
 				where seq > $1 and action = 'token.issued' and outcome = 'failure' and metadata ->> 'reason' = 'unauthorized_client'
-					and actor_id = $2 and agent_id = $2`, before, cmp.Or(r.actor, r.by.id))
+					and actor_id = $2 and agent_id = $2 and metadata ->> 'subjectJti' = $3 and coalesce(metadata ->> 'actor', '') = $4`, before, r.by.id, readClaims(t, r.subject).ID, r.actor)
 			if want != 1 {
 				t.Errorf("%s: %d events of the refusal, want one", r.name, want)
 			}
@@ -393,9 +394,9 @@ func TestExchangeByKeysAndWorkloads(t *testing.T) {
 		loadID: func() string { return h.vouch(v.workloadClaims(cluster, screener)) },
 	} {
 		pairs := []string{"grant_type", exchangeGrant, "subject_token", token, "subject_token_type", accessTokenType}
+		v.want(v.byAssertion("", assertion(), pairs...), 400, "invalid_target")
 		one := assertion()
-		v.want(v.byAssertion("", one, pairs...), 400, "invalid_target")
-		good := v.want(v.byAssertion("", one, append(pairs, "resource", work)...), 200, "") // what was refused was not used
+		good := v.want(v.byAssertion("", one, append(pairs, "resource", work)...), 200, "")
 		if c := readClaims(t, good.text("access_token")); c.Subject != a.id || c.ClientID != id {
 			t.Errorf("the claims are %+v", c)
 		}
@@ -403,9 +404,15 @@ func TestExchangeByKeysAndWorkloads(t *testing.T) {
 			v.want(v.byAssertion("", one, append(pairs, "resource", work)...), 401, "invalid_client")
 		}
 	}
+	// What is refused behind the look at it is told so, and its assertion is used up.
+	ended, one := v.tokenFor(a, ""), v.assertion(key, keyID)
+	v.want(v.form(v.id, v.secret, "/revoke", "token="+ended), 200, "")
+	gone := []string{"grant_type", exchangeGrant, "subject_token", ended, "subject_token_type", accessTokenType, "resource", work}
+	v.want(v.byAssertion("", one, gone...), 400, "invalid_request")
+	v.want(v.byAssertion("", one, gone...), 401, "invalid_client")
 	byKey := v.want(v.byAssertion("", v.assertion(key, keyID)), 200, "").text("access_token")
 	pairs := append([]string{"grant_type", exchangeGrant, "subject_token", byKey, "subject_token_type", accessTokenType, "resource", work}, withActor(v.tokenFor(worker, ""))...)
-	one := v.assertion(key, keyID)
+	one = v.assertion(key, keyID)
 	good := v.want(v.byAssertion("", one, pairs...), 200, "").text("access_token")
 	if c := readClaims(t, good); c.Subject != keyID || c.ClientID != worker.id {
 		t.Errorf("the claims are %+v", c)
@@ -653,10 +660,11 @@ func TestExchangeThatWaitsNeedsAllWhomItNeeded(t *testing.T) {
 	v := newService(t)
 	w := v.another()
 	for _, row := range []struct {
-		name  string
-		whose int // a's, or b's
-		ask   int // who asks
-	}{{"the subject, by the worker", 0, 1}, {"the worker, by itself", 1, 1}, {"the worker, by the subject", 1, 0}, {"who brings the worker's token", 2, 0}} {
+		name   string
+		whose  int // a's, or b's
+		ask    int // who asks
+		status int // 401 is for who asks alone
+	}{{"the subject, by the worker", 0, 1, 400}, {"the worker, by itself", 1, 1, 401}, {"the worker, by the subject", 1, 0, 400}, {"who brings the worker's token", 2, 0, 401}} {
 		a, b := v.newParty("a:b"), v.newParty("a:b")
 		v.delegate(a, b)
 		token, own := v.tokenFor(a, ""), v.tokenFor(b, "")
@@ -681,8 +689,8 @@ func TestExchangeThatWaitsNeedsAllWhomItNeeded(t *testing.T) {
 		if got := <-cut; !got.done() {
 			t.Fatalf("%s: the cut is answered %v", row.name, got)
 		}
-		if got := <-made; got.status != 400 && got.status != 401 || got.text("access_token") != "" {
-			t.Errorf("%s ends meanwhile: answered %v, want 400 or 401", row.name, got)
+		if got := <-made; got.status != row.status || got.text("access_token") != "" {
+			t.Errorf("%s ends meanwhile: answered %v, want %d", row.name, got, row.status)
 		}
 		if n := v.count(`select count(*) from audit_events where action = 'token.issued' and outcome = 'success' and metadata ->> 'subject' = $1`, a.id); n != 0 {
 			t.Errorf("%s ends meanwhile: %d tokens are in the log", row.name, n)
@@ -861,6 +869,7 @@ func TestExchangeCountsAndIsRecordedAsTheWorkers(t *testing.T) {
 		"by the worker":  {func() answer { return v.exchanges(b, token, "resource", work) }, ""},
 		"by the subject": {func() answer { return v.exchanges(a, token, withActor(own, "resource", work)...) }, ""},
 		"refused":        {func() answer { return v.exchanges(b, token) }, "invalid_target"},
+		"in vain":        {func() answer { return v.exchanges(a, token, withActor(own)...) }, "invalid_target"},
 	} {
 		ofA, ofB := spent(a), spent(b)
 		if got := row.do(); got.code() != row.code {
@@ -882,6 +891,10 @@ func TestExchangeCountsAndIsRecordedAsTheWorkers(t *testing.T) {
 	v.want(v.exchanges(a, token, withActor(own, "resource", work)...), 429, "temporarily_unavailable")
 	v.tokenFor(a, "")
 	v.want(v.allow(b.id, "rateLimit", "null"), 200, "")
+	v.want(v.allow(a.id, "rateLimit", "1"), 200, "") // what is refused counts as who asked
+	v.want(v.exchanges(a, token, withActor(own)...), 429, "temporarily_unavailable")
+	v.want(v.exchanges(a, token, withActor(own, "resource", work)...), 200, "")
+	v.want(v.allow(a.id, "rateLimit", "null"), 200, "")
 
 	// It ends with the first of those that it came from, and never later than its client's do.
 	for name, row := range map[string]struct{ ofA, ofB, want string }{
@@ -941,7 +954,7 @@ func TestExchangeCountsAndIsRecordedAsTheWorkers(t *testing.T) {
 	own = v.tokenFor(b, "")
 	v.exchanged(a, token, withActor(own, "resource", work)...)
 	e = v.audit("agentId=" + b.id + "&action=token.issued&limit=1").Data[0]
-	if e.ActorID == nil || *e.ActorID != b.id || !strings.Contains(string(e.Metadata), readClaims(t, own).ID) || !strings.Contains(string(e.Metadata), readClaims(t, token).ID) {
+	if e.ActorID == nil || *e.ActorID != b.id || !strings.Contains(string(e.Metadata), `"requestedBy":"`+a.id+`"`) || !strings.Contains(string(e.Metadata), readClaims(t, own).ID) || !strings.Contains(string(e.Metadata), readClaims(t, token).ID) {
 		t.Errorf("the event of a token that its subject fetched says %s, actor %v", e.Metadata, e.ActorID)
 	}
 

@@ -1,0 +1,138 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+	"time"
+)
+
+// A token may be bound to a key, so that only its holder can use it (DPoP, RFC 9449):
+// with each request comes a proof, which that key has signed for this request alone.
+
+const (
+	proofPast   = 60 * time.Second // that a proof is good after its iat; before it clockSkew
+	proofMemory = 90 * time.Second // that its jti is known for at least: longer than it is good
+)
+
+// A shownProof is what a request proves: that it comes from who holds a key.
+type shownProof struct {
+	thumbprint string // of the key; "" where there is no proof
+	jti        string
+	end        time.Time
+}
+
+// openProof returns the proof of a request, which shows this token or "" (RFC 9449, section
+// 4.3). It fails with a flaw. Its htu is compared with the URL that ISSUER makes, since
+// the client writes the Host.
+func (s *server) openProof(r *request, token string) (p shownProof, err error) {
+	values := r.Header.Values("DPoP")
+	if len(values) == 0 {
+		return p, nil
+	}
+	if len(values) > 1 {
+		return p, flaw("must be there once")
+	}
+	a, err := readAssertion(values[0])
+	if err != nil {
+		return p, err
+	}
+	members, _ := a.header["jwk"].(map[string]any)
+	if members != nil && members["alg"] == nil {
+		members["alg"] = a.alg
+	}
+	key, keyErr := readJWK(members)
+	ath := sha256.Sum256([]byte(token))
+	iat, hasIat := a.claims["iat"].(float64)
+	now := float64(s.now().UnixMilli()) / 1000
+	switch {
+	case !strings.EqualFold(a.typ, "dpop+jwt"):
+		return p, flaw("must have the typ dpop+jwt")
+	case members == nil || keyErr != nil:
+		return p, flaw("must have in its header the jwk of the key that has signed it, which " + cmp.Or(keyErr, errors.New("must be a JWK")).Error())
+	case !key.verifies(a):
+		return p, flaw("must be signed by the key of its jwk, by one of " + strings.Join(assertionAlgs, ", "))
+	case a.claims["htm"] != r.Method:
+		return p, flaw("must have the htm " + clip(r.Method) + ", the method of the request")
+	case !isURL(a.claims["htu"], s.cfg.issuer+r.URL.Path):
+		return p, flaw("must have the htu " + s.cfg.issuer + r.URL.Path + ", the URL of the request")
+	case !hasIat || iat < now-proofPast.Seconds() || iat > now+clockSkew:
+		return p, flaw(fmt.Sprintf("must have as its iat the time at which it was made, in seconds since 1970, no longer than %v ago; it is %.0f here", proofPast, now))
+	case a.id == "":
+		return p, flaw("must have a jti, a text of at most 512 characters")
+	case token != "" && a.claims["ath"] != b64.EncodeToString(ath[:]):
+		return p, flaw("must have as its ath the SHA-256 of the token, in base64url")
+	}
+	return shownProof{key.thumbprint(), a.id, time.Unix(int64(iat), 0).Add(proofPast)}, nil
+}
+
+// isURL tells whether these are one URL, but for a query and a fragment (RFC 9449, section
+// 4.3; RFC 3986, sections 6.2.2.1 and 6.2.3).
+func isURL(htu any, want string) bool {
+	text, _ := htu.(string)
+	plain := func(text string) string {
+		u, err := url.Parse(text)
+		if err != nil || u.User != nil {
+			return ""
+		}
+		scheme, host := strings.ToLower(u.Scheme), strings.ToLower(u.Host)
+		host = strings.TrimSuffix(host, map[string]string{"https": ":443", "http": ":80"}[scheme])
+		return scheme + "://" + host + u.EscapedPath()
+	}
+	return plain(text) == plain(want)
+}
+
+// once refuses a proof that was used before on any copy. Redis remembers it as a window of
+// one; where it can't be asked PostgreSQL does. Of what Redis forgets, and where it is lost
+// in between, a proof may be used again until it is too old.
+func (s *server) once(ctx context.Context, p shownProof) error {
+	if p.thumbprint == "" {
+		return nil
+	}
+	sum := sha256.Sum256([]byte(p.thumbprint + p.jti)) // the first is of fixed length
+	reply, err := s.redis.ask(ctx, admitScript, nil, "proof:"+b64.EncodeToString(sum[:]), 1, 0, 0, 0, proofMemory.Milliseconds())
+	used := err == nil && len(reply) == 4 && reply[0] == "limited"
+	if err != nil {
+		stored, err := s.db.Exec(ctx, `
+			insert into token_revocations (jti, expires_at)
+			values ($1, $2)
+			on conflict (jti) do nothing`, uuid([16]byte(sum[:16]), 8), p.end.Add(clockTrust+time.Minute))
+		if err != nil {
+			return fmt.Errorf("storing a proof: %w", err)
+		}
+		used = stored.RowsAffected() == 0
+	}
+	if used {
+		return replayed
+	}
+	return nil
+}
+
+// prove refuses a bound token without a proof by its key, and another one behind DPoP.
+func (s *server) prove(r *request, token string, c claims) (p shownProof, err error) {
+	key := c.boundTo()
+	switch {
+	case key == "" && r.presents("DPoP"):
+		return p, errInvalidToken.because("This is a token that is bound to no key; it goes behind Bearer.")
+	case key == "":
+		return p, nil
+	case !r.presents("DPoP"):
+		return p, errUnproved.because("This is a token that is bound to a key; it goes behind DPoP, with a proof beside it.")
+	}
+	if p, err = s.openProof(r, token); err == nil && p.thumbprint != key {
+		err = flaw("must be there, in the header DPoP, and by the key that the token is bound to")
+	}
+	return p, sayOfProof(errWrongProof, err)
+}
+
+// sayOfProof says what is wrong with one.
+func sayOfProof(as *problem, err error) error {
+	if fault, ok := errors.AsType[flaw](err); ok {
+		return as.because("The DPoP proof " + string(fault) + ".")
+	}
+	return err
+}
