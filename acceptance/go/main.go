@@ -116,6 +116,8 @@ var clients = []struct {
 	{"keys page go", keysGo},
 	{"keys page node", keysNode},
 	{"keys page python", keysPython},
+	{"proofs page go", proofsGo},
+	{"proofs page node", proofsNode},
 }
 
 func main() {

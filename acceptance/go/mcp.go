@@ -116,7 +116,7 @@ func mcpServer(w *world, service identity) (string, error) {
 			Active     bool
 			Scope, Sub string
 			Exp        int64
-			Aud        any
+			Aud, Cnf   any
 		}
 		err := call(ctx, "POST", w.base+"/api/v1/token/introspect", service.ID+":"+service.Secret,
 			"application/x-www-form-urlencoded", url.Values{"token": {token}}.Encode(), &is)
@@ -124,7 +124,8 @@ func mcpServer(w *world, service identity) (string, error) {
 			return nil, err
 		}
 		// The client of this SDK asks for no resource, so its tokens are for the issuer.
-		if aud, _ := is.Aud.(string); !is.Active || !slices.Contains([]string{base + "/mcp", w.base}, aud) {
+		// And it checks no proofs, so it takes no token that is bound to a key.
+		if aud, _ := is.Aud.(string); !is.Active || is.Cnf != nil || !slices.Contains([]string{base + "/mcp", w.base}, aud) {
 			return nil, auth.ErrInvalidToken
 		}
 		return &auth.TokenInfo{Scopes: strings.Fields(is.Scope), Expiration: time.Unix(is.Exp, 0), UserID: is.Sub}, nil
@@ -161,6 +162,7 @@ func (c client) guards(t tokens, can abilities, ask func(token string) (status i
 	try("refuses an unknown key", t.UnknownKey, 401)
 	try("refuses a changed scope", t.Tampered, 401)
 	try("refuses a token without the scope", t.Unscoped, 403)
+	try("refuses a bound token by Bearer", t.Bound, 401, 403)
 	if can.types {
 		try("refuses a wrong type", t.WrongType, 401)
 	}

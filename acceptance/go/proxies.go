@@ -33,7 +33,7 @@ async function introspect(r) {
 	const reply = await r.subrequest('/_introspection_request', { method: 'POST', body: 'token=' + encodeURIComponent(token[1]) });
 	if (reply.status != 200) return r.return(500);
 	const is = JSON.parse(reply.responseText);
-	if (is.active !== true || [].concat(is.aud).indexOf('` + resource + `') < 0) return r.return(401);
+	if (is.active !== true || is.cnf || [].concat(is.aud).indexOf('` + resource + `') < 0) return r.return(401);
 	r.return(is.scope.split(' ').indexOf('resumes:read') < 0 ? 403 : 204);
 }
 export default { introspect };
@@ -140,6 +140,9 @@ DocumentRoot DIR/htdocs
 		Require oauth2_claim iss:BASE
 		Require oauth2_claim aud:RESOURCE
 		Require oauth2_claim scope:resumes:read
+		<RequireNone>
+			Require env OAUTH2_CLAIM_cnf
+		</RequireNone>
 	</RequireAll>
 	AuthzSendForbiddenOnFailure On
 </Location>

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
@@ -317,6 +319,7 @@ type tokens struct {
 	Tampered      string `json:"tampered"`      // another scope under the signature of Good
 	Revoked       string `json:"revoked"`       // by the service; only who asks it can know
 	Unscoped      string `json:"unscoped"`      // by the service, without the scope resumes:read
+	Bound         string `json:"bound"`         // by the service, to a key that nobody has any more
 
 	revoke func(token string) error
 }
@@ -339,6 +342,13 @@ func (w *world) tokensFor(ctx context.Context, aud string) (t tokens, err error)
 		if *get.into, err = w.token(ctx, who, url.Values{"scope": {get.scope}, "resource": {get.aud}}); err != nil {
 			return t, err
 		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return t, err
+	}
+	if t.Bound, err = w.boundToken(ctx, who, key, url.Values{"scope": {"resumes:read"}, "resource": {aud}}); err != nil {
+		return t, err
 	}
 	t.revoke = func(token string) error { return w.revoke(ctx, who, token) }
 	if err := t.revoke(t.Revoked); err != nil {

@@ -78,6 +78,7 @@ export async function guards(set, ask, { asks }) {
 		['refuses a changed scope', set.tampered, 401],
 		...(asks ? [['refuses a revoked token', set.revoked, 401]] : []),
 		['refuses a token without the scope', set.unscoped, 403],
+		['refuses a bound token by Bearer', set.bound, 401],
 	]) {
 		await works(what, async () => equal('the status', await ask(token), want));
 	}

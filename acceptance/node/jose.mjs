@@ -1,5 +1,6 @@
 import { createRemoteJWKSet, errors, importPKCS8, jwtVerify, SignJWT } from 'jose';
-import { base, end, equal, keys as clients, refuses, resource, signs, tokens, works } from './check.mjs';
+import { agent, base, bearer, end, equal, keys as clients, refuses, resource, service, signs, tokens, works } from './check.mjs';
+import { checker, prover } from './proof.mjs';
 
 const keys = createRemoteJWKSet(new URL(`${base}/.well-known/jwks.json`));
 const verify = (token) =>
@@ -72,5 +73,85 @@ for (const [what, claims, header, reason] of [
 		async () => (await by(who, who.key, claims, header)).token(),
 		(err) => err.code === 'invalid_client' && reason.test(err.message),
 	);
+}
+
+// As a holder of tokens that are bound to a key, with proofs made by hand, and as a service that checks them.
+const at = { token: `${base}/api/v1/token`, agents: `${base}/api/v1/agents` };
+const basic = (who) => ({ Authorization: `Basic ${btoa(`${who.id}:${who.secret}`)}` });
+const bind = async (proof, parameters = {}) => {
+	const body = new URLSearchParams({ grant_type: 'client_credentials', ...parameters });
+	const answer = await fetch(at.token, { method: 'POST', headers: { ...basic(agent), DPoP: proof }, body });
+	const got = await answer.json();
+	if (!answer.ok) throw Object.assign(new Error(got.error_description), { code: got.error });
+	equal('token_type', got.token_type, 'DPoP');
+	return got.access_token;
+};
+const list = async (headers) => {
+	const answer = await fetch(at.agents, { headers });
+	await answer.text();
+	if (!answer.ok) throw Object.assign(new Error(answer.headers.get('www-authenticate')), { code: answer.status });
+};
+const show = (token, ...proofs) => {
+	const headers = new Headers({ Authorization: `DPoP ${token}` });
+	for (const proof of proofs) headers.append('DPoP', proof);
+	return headers;
+};
+for (const alg of ['RS256', 'PS256', 'ES256', 'EdDSA', 'Ed25519']) {
+	await works(`has a token bound to a key of ${alg}, and uses it`, async () => {
+		const prove = await prover(alg);
+		const token = await bind(await prove('POST', at.token), { scope: 'agents:read' });
+		await list(show(token, await prove('GET', at.agents, token)));
+		await list(show(token, await prove('GET', at.agents, token)));
+	});
+	await works(`checks a token, and a proof of a key of ${alg}`, async () => {
+		const prove = await prover(alg);
+		const token = await bind(await prove('POST', at.token), { resource });
+		const { payload } = await verify(token);
+		equal('cnf', JSON.stringify(payload.cnf), JSON.stringify({ jkt: prove.jkt }));
+		await checker()(await prove('GET', `${resource}/resumes`, token), payload.cnf.jkt, 'GET', `${resource}/resumes`, token);
+	});
+}
+const prove = await prover();
+const thief = await prover();
+const bound = await bind(await prove('POST', at.token), { scope: 'agents:read' });
+const another = await bind(await prove('POST', at.token), { scope: 'agents:read' });
+await works('is told by introspection to what key a token is bound', async () => {
+	const answer = await fetch(`${at.token}/introspect`, { method: 'POST', headers: basic(service), body: new URLSearchParams({ token: bound }) });
+	const is = await answer.json();
+	equal('token_type', is.token_type, 'DPoP');
+	equal('cnf', JSON.stringify(is.cnf), JSON.stringify({ jkt: prove.jkt }));
+});
+const now = Math.floor(Date.now() / 1000);
+for (const [what, changes, htm = 'POST', htu = at.token] of [
+	['another method', {}, 'GET'],
+	['another URL', {}, 'POST', `${at.token}/introspect`],
+	['another host', {}, 'POST', 'https://evil.example.com/api/v1/token'],
+	['the typ JWT', { header: { typ: 'JWT' } }],
+	['the private key', { header: { jwk: prove.private } }],
+	['an iat of two minutes ago', { claims: { iat: now - 120 } }],
+	['an iat of two minutes ahead', { claims: { iat: now + 120 } }],
+	['no jti', { claims: { jti: undefined } }],
+]) {
+	await refuses(
+		`a proof with ${what}, at /token`,
+		async () => bind(await prove(htm, htu, undefined, changes)),
+		(err) => err.code === 'invalid_dpop_proof' && /^The DPoP proof must /.test(err.message),
+	);
+}
+const twice = await prove('POST', at.token);
+await works('gets a token with a proof', () => bind(twice));
+await refuses('a replay at /token', () => bind(twice), (err) => err.code === 'invalid_dpop_proof' && /was used before/.test(err.message));
+const used = await prove('GET', at.agents, bound);
+await works('uses a proof at the API', () => list(show(bound, used)));
+for (const [what, headers, reason] of [
+	['a replay at the API', show(bound, used), /error="invalid_dpop_proof".*was used before/],
+	['a stolen token by Bearer', bearer(bound), /^DPoP .*error="invalid_token"/],
+	['a stolen token with a proof of another key', show(bound, await thief('GET', at.agents, bound)), /^DPoP .*error="invalid_/],
+	['a stolen token without a proof', show(bound), /^DPoP .*error="invalid_/],
+	['a proof for another token', show(bound, await prove('GET', at.agents, another)), /error="invalid_dpop_proof"/],
+	['a proof for another path', show(bound, await prove('GET', `${at.agents}/${agent.id}`, bound)), /error="invalid_dpop_proof"/],
+	['two proofs', show(bound, await prove('GET', at.agents, bound), await prove('GET', at.agents, bound)), /error="invalid_dpop_proof"/],
+]) {
+	await refuses(what, () => list(headers), (err) => err.code === 401 && reason.test(err.message));
 }
 end();

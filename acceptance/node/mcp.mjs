@@ -12,6 +12,7 @@ import { getOAuthProtectedResourceMetadataUrl, mcpAuthMetadataRouter } from '@mo
 import { McpServer } from '@modelcontextprotocol/sdk/server/mcp.js';
 import { StreamableHTTPServerTransport } from '@modelcontextprotocol/sdk/server/streamableHttp.js';
 import { agent, base, bearer, end, equal, guards, keys as clients, listening, refuses, service, tokens, works } from './check.mjs';
+import { checker, prover } from './proof.mjs';
 
 const app = express();
 const url = await listening(app);
@@ -19,16 +20,28 @@ const endpoint = new URL(`${url}/mcp`);
 const metadata = getOAuthProtectedResourceMetadataUrl(endpoint);
 const keys = createRemoteJWKSet(new URL(`${base}/.well-known/jwks.json`));
 let audience = endpoint.href;
+const check = checker();
+async function info(token, prove) {
+	const { payload } = await jwtVerify(token, keys, { issuer: base, audience, typ: 'at+jwt' });
+	if (Boolean(payload.cnf) !== Boolean(prove)) throw new Error('a token that is bound to a key comes with a proof, and no other does');
+	if (prove) await prove(payload.cnf.jkt);
+	return { token, clientId: payload.client_id, scopes: payload.scope.split(' '), expiresAt: payload.exp };
+}
 const verifier = {
-	async verifyAccessToken(token) {
-		try {
-			const { payload } = await jwtVerify(token, keys, { issuer: base, audience, typ: 'at+jwt' });
-			return { token, clientId: payload.client_id, scopes: payload.scope.split(' '), expiresAt: payload.exp };
-		} catch (err) {
-			throw new InvalidTokenError(err.message);
-		}
-	},
+	verifyAccessToken: (token) => info(token).catch((err) => { throw new InvalidTokenError(err.message); }),
 };
+const byBearer = requireBearerAuth({ verifier, requiredScopes: ['resumes:read'], resourceMetadataUrl: metadata });
+// The SDK knows no proofs (RFC 9449), so this is beside what it has for Bearer.
+async function byProof(req, res, next) {
+	const [scheme, token] = (req.headers.authorization ?? '').split(' ');
+	if (scheme !== 'DPoP') return byBearer(req, res, next);
+	try {
+		req.auth = await info(token, (jkt) => check(req.headers.dpop ?? '', jkt, req.method, endpoint.href, token));
+	} catch (err) {
+		return res.status(401).set('WWW-Authenticate', `DPoP error="invalid_token", resource_metadata="${metadata}"`).end(err.message);
+	}
+	next();
+}
 app.use(
 	mcpAuthMetadataRouter({
 		oauthMetadata: await (await fetch(`${base}/.well-known/oauth-authorization-server`)).json(),
@@ -38,7 +51,7 @@ app.use(
 );
 app.all(
 	'/mcp',
-	requireBearerAuth({ verifier, requiredScopes: ['resumes:read'], resourceMetadataUrl: metadata }),
+	byProof,
 	express.json(),
 	async (req, res) => {
 		const server = new McpServer({ name: 'resumes', version: '1' });
@@ -50,10 +63,10 @@ app.all(
 	},
 );
 
-async function callTool(credentials, Provider = ClientCredentialsProvider) {
+async function callTool(credentials, Provider = ClientCredentialsProvider, fetch = undefined) {
 	const client = new Client({ name: 'acceptance', version: '1' });
 	const authProvider = new Provider({ expectedIssuer: base, ...credentials });
-	await client.connect(new StreamableHTTPClientTransport(endpoint, { authProvider }));
+	await client.connect(new StreamableHTTPClientTransport(endpoint, { authProvider, fetch }));
 	const result = await client.callTool({ name: 'whoami' });
 	await client.close();
 	equal('what the tool says', result.content[0].text, credentials.clientId);
@@ -88,6 +101,38 @@ for (const { id, alg, key, other } of clients) {
 	await works(`gets a token with an assertion of ours, by ${alg}`, () => callTool(once, StaticPrivateKeyJwtProvider));
 	await refuses(`a replay, by ${alg}`, () => callTool(once, StaticPrivateKeyJwtProvider), (err) => refused(err) && /used before/.test(err.message));
 }
+
+// With tokens that are bound to a key: the SDK sends none but Bearer, and this fetch makes DPoP of that. asks has the key for which
+// a token is asked, and shows that with which it is shown.
+const proving = (asks, shows = asks) => async (url, init = {}) => {
+	const headers = new Headers(init.headers);
+	const [, token] = /^Bearer (.+)$/.exec(headers.get('Authorization') ?? '') ?? [];
+	const { href } = new URL(url);
+	if (token) {
+		headers.set('Authorization', `DPoP ${token}`);
+		headers.set('DPoP', await shows(init.method ?? 'GET', href, token));
+	} else if (href === `${base}/api/v1/token`) {
+		headers.set('DPoP', await asks(init.method, href));
+	}
+	return fetch(url, { ...init, headers });
+};
+const secret = { clientId: agent.id, clientSecret: agent.secret };
+const prove = await prover();
+await works('gets a bound token, calls a tool with proofs', () => callTool(secret, ClientCredentialsProvider, proving(prove)));
+await refuses(
+	'a proof of another key',
+	async () => callTool(secret, ClientCredentialsProvider, proving(prove, await prover())),
+	(err) => err.code === 401 || /401|nauthorized|the key of the proof is another/.test(err.message),
+);
+await refuses(
+	'a bound token by Bearer',
+	() =>
+		callTool(secret, ClientCredentialsProvider, async (url, init = {}) => {
+			const asks = new URL(url).href === `${base}/api/v1/token`;
+			return asks ? proving(prove)(url, init) : fetch(url, init);
+		}),
+	(err) => err.code === 401 || /401|nauthorized|comes with a proof/.test(err.message),
+);
 
 // The server alone, with tokens for a resource whose name it takes.
 audience = 'https://resumes.example.com';

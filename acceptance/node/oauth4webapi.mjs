@@ -124,4 +124,74 @@ await signs(
 	},
 	async (err) => (await err.response.json()).error_description,
 );
+
+// Tokens that are bound to a key (RFC 9449), as a client and as a resource server.
+const handle = async (alg) => oauth.DPoP(me, await oauth.generateKeyPair(alg, { extractable: true }));
+const bind = async (DPoP, parameters) =>
+	oauth.processClientCredentialsResponse(
+		as,
+		me,
+		await oauth.clientCredentialsGrantRequest(as, me, oauth.ClientSecretBasic(agent.secret), parameters, { DPoP, ...http }),
+	);
+const agents = new URL(`${base}/api/v1/agents`);
+const list = (token, options) => oauth.protectedResourceRequest(token, 'GET', agents, undefined, undefined, { ...options, ...http });
+// sent makes a request, and keeps what was sent.
+const sent = async (token, url, DPoP) => {
+	let request;
+	const capture = async (url, options) => {
+		request = new Request(url, { headers: options.headers, method: options.method });
+		return new Response('{}');
+	};
+	await oauth.protectedResourceRequest(token, 'GET', url, undefined, undefined, { DPoP, [oauth.customFetch]: capture, ...http });
+	return request;
+};
+const challenged = (error) => (err) =>
+	err instanceof oauth.WWWAuthenticateChallengeError && err.status === 401 && err.cause[0].scheme === 'dpop' && err.cause[0].parameters.error === error;
+await works('finds that proofs are taken', async () => {
+	const found = await oauth.processResourceDiscoveryResponse(issuer, await oauth.resourceDiscoveryRequest(issuer, http));
+	for (const alg of ['RS256', 'PS256', 'ES256', 'EdDSA', 'Ed25519']) {
+		equal(`that ${alg} is taken at /token`, as.dpop_signing_alg_values_supported?.includes(alg), true);
+		equal(`that ${alg} is taken at the API`, found.dpop_signing_alg_values_supported?.includes(alg), true);
+	}
+});
+for (const alg of ['RS256', 'PS256', 'ES256', 'Ed25519']) {
+	await works(`has a token bound to a key of ${alg}, and uses it`, async () => {
+		const DPoP = await handle(alg);
+		const got = await bind(DPoP, { scope: 'agents:read' });
+		equal('token_type', got.token_type, 'dpop');
+		equal('the status', (await list(got.access_token, { DPoP })).status, 200);
+		equal('the status once more', (await list(got.access_token, { DPoP })).status, 200);
+		const is = await introspect(got.access_token);
+		equal('cnf.jkt', is.cnf.jkt, await DPoP.calculateThumbprint());
+	});
+}
+const DPoP = await handle('ES256');
+const { access_token: bound } = await bind(DPoP, { scope: 'agents:read' });
+await refuses('a stolen token by Bearer', () => list(bound), challenged('invalid_token'));
+await refuses('a stolen token with a proof of another key', async () => list(bound, { DPoP: await handle('ES256') }), (err) =>
+	challenged('invalid_token')(err) || challenged('invalid_dpop_proof')(err));
+await refuses('a token that is not bound, by DPoP', async () => list((await grant(agent.secret)).access_token, { DPoP }), (err) =>
+	err instanceof oauth.WWWAuthenticateChallengeError && err.cause[0].parameters.error === 'invalid_token');
+await works('is answered once for a proof', async () => {
+	const { headers } = await sent(bound, agents, DPoP);
+	equal('the status', (await fetch(agents, { headers })).status, 200);
+	const again = await fetch(agents, { headers });
+	equal('the status of a replay', again.status, 401);
+	equal('that the challenge says it', /^DPoP .*error="invalid_dpop_proof".*was used before/.test(again.headers.get('www-authenticate')), true);
+});
+const there = new URL(`${resource}/resumes`);
+const { access_token: shown } = await bind(DPoP, { scope: 'resumes:read', resource });
+const judge = (request) => oauth.validateJwtAccessToken(as, request, resource, { ...http });
+await works('validates a bound token with its proof', async () => {
+	const claims = await judge(await sent(shown, there, DPoP));
+	equal('cnf.jkt', claims.cnf.jkt, await DPoP.calculateThumbprint());
+});
+for (const [what, request] of [
+	['a bound token by Bearer', new Request(there, { headers: bearer(shown) })],
+	['a bound token with a proof of another key', await sent(shown, there, await handle('ES256'))],
+	['a bound token with a proof for another URL', new Request(there, { headers: (await sent(shown, new URL(`${resource}/scores`), DPoP)).headers })],
+]) {
+	await refuses(`${what}, as a resource server`, () => judge(request), (err) =>
+		[oauth.INVALID_RESPONSE, oauth.JWT_CLAIM_COMPARISON, oauth.INVALID_REQUEST].includes(err.code));
+}
 end();

@@ -91,4 +91,47 @@ await signs(
 	},
 	async (err) => err.error_description ?? (await err.response.json()).error_description,
 );
+
+// Tokens that are bound to a key (RFC 9449).
+const agents = new URL(`${base}/api/v1/agents`);
+const list = (token, options) => client.fetchProtectedResource(config, token, agents, 'GET', undefined, undefined, options);
+for (const alg of ['RS256', 'PS256', 'ES256', 'Ed25519']) {
+	await works(`has a token bound to a key of ${alg}, and uses it`, async () => {
+		const DPoP = client.getDPoPHandle(config, await client.randomDPoPKeyPair(alg));
+		const got = await client.clientCredentialsGrant(config, { scope: 'agents:read' }, { DPoP });
+		equal('token_type', got.token_type, 'dpop');
+		equal('the status', (await list(got.access_token, { DPoP })).status, 200);
+		equal('the status once more', (await list(got.access_token, { DPoP })).status, 200);
+		const is = await client.tokenIntrospection(asking, got.access_token);
+		equal('active', is.active, true);
+		equal('token_type of the introspection', is.token_type, 'DPoP');
+		equal('cnf.jkt', is.cnf.jkt, await DPoP.calculateThumbprint());
+	});
+}
+const handle = async (options) => client.getDPoPHandle(config, await client.randomDPoPKeyPair('ES256'), options);
+const DPoP = await handle();
+const { access_token: bound } = await client.clientCredentialsGrant(config, { scope: 'agents:read' }, { DPoP });
+const challenged = (...errors) => (err) => err.cause?.[0]?.scheme === 'dpop' && errors.includes(err.cause[0].parameters.error);
+await refuses('a stolen token by Bearer', () => list(bound), challenged('invalid_token'));
+await refuses('a stolen token with a proof of another key', async () => list(bound, { DPoP: await handle() }), challenged('invalid_token', 'invalid_dpop_proof'));
+const repeating = await handle({ [client.modifyAssertion]: (_header, payload) => Object.assign(payload, { jti: 'the same' }) });
+const { access_token: first } = await works('gets a token with a jti of ours', () => client.clientCredentialsGrant(config, {}, { DPoP: repeating }));
+await refuses(
+	'a replay at /token',
+	() => client.clientCredentialsGrant(config, {}, { DPoP: repeating }),
+	refusedAs(400, 'invalid_dpop_proof'),
+);
+await refuses('a jti at the API that was one at /token', () => list(first, { DPoP: repeating }), challenged('invalid_dpop_proof'));
+for (const [what, claims] of [
+	['for another URL', { htu: `${base}/api/v1/token/revoke` }],
+	['for another method', { htm: 'GET' }],
+	['of two minutes ago', { iat: Math.floor(Date.now() / 1000) - 120 }],
+]) {
+	const modified = await handle({ [client.modifyAssertion]: (_header, payload) => Object.assign(payload, claims) });
+	await refuses(
+		`a proof ${what}`,
+		() => client.clientCredentialsGrant(config, {}, { DPoP: modified }),
+		refusedAs(400, 'invalid_dpop_proof'),
+	);
+}
 end();
