@@ -118,6 +118,7 @@ var clients = []struct {
 	{"keys page go", keysGo},
 	{"keys page node", keysNode},
 	{"keys page python", keysPython},
+	{"delegation page", delegation},
 }
 
 func main() {
