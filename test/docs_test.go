@@ -857,7 +857,7 @@ func TestKeysPageHasEveryRefusal(t *testing.T) {
 	for _, file := range goFiles(t, false) {
 		for _, declared := range file.Decls {
 			f, isFunc := declared.(*ast.FuncDecl)
-			if !isFunc && file.name != "assertion.go" || isFunc && !slices.Contains([]string{"readAssertion", "check", "checkAssertion"}, f.Name.Name) {
+			if !isFunc && file.name != "jwk.go" || isFunc && !slices.Contains([]string{"readAssertion", "check", "checkAssertion"}, f.Name.Name) {
 				continue
 			}
 			ast.Inspect(declared, func(n ast.Node) bool {
@@ -1420,6 +1420,10 @@ func TestPagesHaveEveryRedisKey(t *testing.T) {
 	v.want(v.form(v.id, v.secret, "/introspect", "token="+token), 200, "")
 	v.want(v.do("POST", "/api/v1/token/introspect", "token=x", "Content-Type", formType, "Authorization", "Bearer "+v.bearer), 200, "")
 	v.want(v.form(id, secret, "/revoke", "token="+token), 200, "")
+	h := newHolder(t, "ES256")
+	proof := h.sign(members{"typ": "dpop+jwt", "alg": "ES256", "jwk": h.jwk},
+		members{"htm": "POST", "htu": v.env["ISSUER"] + "/api/v1/token", "iat": time.Now().Unix(), "jti": "1"})
+	v.want(v.do("POST", "/api/v1/token", "grant_type=client_credentials&client_id="+id+"&client_secret="+secret, "Content-Type", formType, "DPoP", proof), 200, "")
 	credential := v.want(v.api(v.bearer, "GET", "/agents/"+id+"/credentials", ""), 200, "").body["data"].([]any)[0].(map[string]any)["credentialId"].(string)
 	v.want(v.api(v.bearer, "POST", "/agents/"+id+"/credentials/"+credential+"/rotate", "{}"), 200, "")
 	v.want(v.api(v.bearer, "DELETE", "/agents/"+id+"/credentials/"+credential, ""), 204, "")

@@ -1,12 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"slices"
@@ -222,64 +220,28 @@ func tryZitadelExchange(ctx context.Context, w *world, c client) {
 	c.checked("is told that it has ended with the actor_token", err)
 }
 
-// tryMCPExchange is the exchange that the SDK has, for another profile: it wants an audience beside the resource, which
-// there is none of here. Without that parameter it does.
+// tryMCPExchange is the exchange that the SDK has, which always says an audience beside the resource.
 func tryMCPExchange(ctx context.Context, w *world, c client) {
-	by := func(http *http.Client) func(identity, exchange) (string, error) {
-		return func(who identity, x exchange) (string, error) {
-			q := &oauthex.TokenExchangeRequest{
-				RequestedTokenType: accessTokenType, SubjectToken: x.subject, SubjectTokenType: accessTokenType, Audience: x.resource, Resource: x.resource,
-			}
-			if x.scope != "" {
-				q.Scope = []string{x.scope}
-			}
-			got, err := oauthex.ExchangeToken(ctx, w.base+"/api/v1/token", q,
-				&oauthex.ClientCredentials{ClientID: who.ID, ClientSecretAuth: &oauthex.ClientSecretAuth{ClientSecret: who.Secret}}, http)
-			if err != nil {
-				return "", err
-			}
-			if issued := got.Extra("issued_token_type"); !got.Valid() || got.Type() != "Bearer" || issued != accessTokenType {
-				err = fmt.Errorf("the answer is a %s token of the type %v that ends %v", got.Type(), issued, got.Expiry)
-			}
-			return got.AccessToken, err
+	c.exchanges(ctx, w, func(who identity, x exchange) (string, error) {
+		q := &oauthex.TokenExchangeRequest{
+			RequestedTokenType: accessTokenType, SubjectToken: x.subject, SubjectTokenType: accessTokenType, Audience: x.resource, Resource: x.resource,
 		}
-	}
-	refused := func(status int, code string) func(error) bool {
+		if x.scope != "" {
+			q.Scope = []string{x.scope}
+		}
+		got, err := oauthex.ExchangeToken(ctx, w.base+"/api/v1/token", q,
+			&oauthex.ClientCredentials{ClientID: who.ID, ClientSecretAuth: &oauthex.ClientSecretAuth{ClientSecret: who.Secret}}, http.DefaultClient)
+		if err != nil {
+			return "", err
+		}
+		if issued := got.Extra("issued_token_type"); !got.Valid() || got.Type() != "Bearer" || issued != accessTokenType {
+			err = fmt.Errorf("the answer is a %s token of the type %v that ends %v", got.Type(), issued, got.Expiry)
+		}
+		return got.AccessToken, err
+	}, func(status int, code string) func(error) bool {
 		return func(err error) bool {
 			e, ok := errors.AsType[*oauth2.RetrieveError](err)
 			return ok && e.Response.StatusCode == status && e.ErrorCode == code && e.ErrorDescription != ""
 		}
-	}
-	c.exchanges(ctx, w, by(&http.Client{Transport: withoutAudience{}}), refused)
-
-	p, err := w.parties(ctx)
-	subject, subjectErr := w.token(ctx, p.Orchestrator, url.Values{"resource": {resource}})
-	if err := errors.Join(err, subjectErr); err != nil {
-		c.checked("has agents and a token", err)
-		return
-	}
-	asked := exchange{subject: subject, resource: resource}
-	_, err = by(http.DefaultClient)(p.Workers[0], asked)
-	c.refuses("an audience", err, refused(400, "invalid_request"))
-	_, err = by(&http.Client{Transport: withoutAudience{}})(p.Workers[0], asked)
-	c.checked("trades the same without it", err)
-}
-
-// withoutAudience sends a form without that parameter.
-type withoutAudience struct{}
-
-func (withoutAudience) RoundTrip(r *http.Request) (*http.Response, error) {
-	body, err := io.ReadAll(r.Body)
-	if err != nil {
-		return nil, err
-	}
-	form, err := url.ParseQuery(string(body))
-	if err != nil {
-		return nil, err
-	}
-	form.Del("audience")
-	r = r.Clone(r.Context())
-	text := []byte(form.Encode())
-	r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(text)), int64(len(text))
-	return http.DefaultTransport.RoundTrip(r)
+	})
 }
