@@ -77,7 +77,8 @@ func (s *server) checkExchange(r *request) (g grant, err error) {
 	g.rows = map[string]uint32{subject.Subject: row, g.client.AgentID: g.client.row}
 	g.scope, err = exchangeScope(r.form.Get("scope"), append(limits, g.client.scopes))
 	if err == nil {
-		g.audience, err = exchangeAudience(r.form["resource"], subject.Audience, s.cfg.issuer, from.Resources, g.client.Resources)
+		asked := slices.Concat(r.form["resource"], r.form["audience"]) // two names for one thing here (RFC 8693, section 2.1)
+		g.audience, err = exchangeAudience(asked, subject.Audience, s.cfg.issuer, from.Resources, g.client.Resources)
 	}
 	return g, err
 }
@@ -93,7 +94,7 @@ func checkExchangeForm(form url.Values) error {
 	if form.Get("actor_token_type") != "" && form.Get("actor_token") == "" {
 		return errForm.because("There is an actor_token_type, and no actor_token.")
 	}
-	return checkNames(form)
+	return checkNames(form, "aud", "resources", "scopes")
 }
 
 // bind decides to which key a token is bound: that of the proof; or where a worker's token
@@ -104,16 +105,16 @@ func (s *server) bind(r *request, g *grant) (err error) {
 	}
 	shown := g.proof.thumbprint
 	needed := shown != "" || g.bound != "" || g.proofRequired || g.client.ProofRequired
+	if !g.isBrought {
+		g.key = shown
+	}
 	switch {
 	case g.isBrought && g.bound != "" && shown != g.bound:
 		return flaw("must be there, in the header DPoP, and by the key that the subject_token is bound to")
 	case g.isBrought && needed && g.key == "":
 		return flaw("takes an actor_token that is bound to a key, to which the new token is bound")
-	case g.isBrought:
-	case needed && shown == "":
-		return flaw("must be there, in the header DPoP: this agent, or whom it acts for, has tokens only that are bound to a key")
-	default:
-		g.key = shown
+	case needed && g.key == "":
+		return flaw("must be there, in the header DPoP: this agent, or whom it acts for, has only tokens that are bound to a key")
 	}
 	return nil
 }
@@ -139,24 +140,21 @@ func (s *server) loadClient(ctx context.Context, c claims) (caller, error) {
 		from credentials c
 		join agents a on a.agent_id = c.client_id
 		where c.credential_id = $1 and c.secret_id = $2`, c.CredentialID, c.SecretID).Scan(o.columns()...)
-	if errors.Is(err, pgx.ErrNoRows) || err == nil && o.refusal() != nil {
-		return o.caller, errForm.because("The actor_token has ended.")
+	switch {
+	case errors.Is(err, pgx.ErrNoRows), err == nil && o.refusal() != nil:
+		err = errForm.because("The actor_token has ended.")
+	case err != nil:
+		err = fmt.Errorf("loading a worker: %w", err)
 	}
-	if err != nil {
-		return o.caller, fmt.Errorf("loading a worker: %w", err)
-	}
-	return o.caller, nil
+	return o.caller, err
 }
 
 // handOn puts an agent before those who acted for the subject so far.
 func handOn(subject claims, to string) (*actor, error) {
-	if subject.Subject == to {
-		return nil, errForm.because("The agent " + to + " is in the subject_token already, as its sub: it uses the token that it has.")
-	}
-	depth := 1
-	for a := subject.Actor; a != nil; a = a.Before {
+	depth := 0
+	for a := (&actor{subject.Subject, subject.Actor}); a != nil; a = a.Before {
 		if depth++; a.Subject == to {
-			return nil, errForm.because("The agent " + to + " is in the subject_token already, in act: it uses the token that it had.")
+			return nil, errForm.because("The agent " + to + " is in the subject_token already, as sub or in act: it uses the token that it has.")
 		}
 	}
 	if depth > maxDepth {

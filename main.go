@@ -16,6 +16,7 @@
 //	auth.go        how that is proved: by a token, or a client's secret; and how often one may
 //	assertion.go   how a client proves itself without a secret: by what it signs with a key of its own
 //	workload.go    and without a key: by what an issuer that is trusted says of it
+//	dpop.go        that a token is its holder's, by a proof with each request
 //	token.go       issuing, introspecting and revoking tokens
 //	exchange.go    a token of who hands work on, traded for one of the worker
 //	credential.go  credentials, and the secrets in them

@@ -136,7 +136,7 @@ func (s *server) checkGrant(r *request) (g grant, err error) {
 	default:
 		return g, errGrantType.because("The grant_type must be client_credentials or " + exchangeGrant + "; it was '" + clip(r.form.Get("grant_type")) + "'.")
 	}
-	if err = checkNames(r.form); err != nil {
+	if err = checkNames(r.form, "audience", "aud", "resources", "scopes"); err != nil {
 		return g, err
 	}
 	g = grant{client: r.caller, subject: r.caller.AgentID, rows: r.caller.rows()}
@@ -147,10 +147,14 @@ func (s *server) checkGrant(r *request) (g grant, err error) {
 	return g, err
 }
 
-// checkNames refuses what would silently get more than was asked for; other names are
+// checkNames refuses those that would silently get more than was asked for; others are
 // ignored (RFC 6749, section 3.2).
-func checkNames(form url.Values) error {
-	for name, right := range map[string]string{"audience": "resource (RFC 8707)", "aud": "resource (RFC 8707)", "resources": "resource", "scopes": "scope"} {
+func checkNames(form url.Values, wrong ...string) error {
+	for _, name := range wrong {
+		right := "resource (RFC 8707)"
+		if name == "scopes" {
+			right = "scope"
+		}
 		if form.Get(name) != "" {
 			return errForm.because("There is no parameter " + name + "; it is called " + right + ".")
 		}

@@ -213,14 +213,14 @@ func TestExchangeRefusals(t *testing.T) {
 		{"type without token", b, "", []string{"actor_token_type", accessTokenType}, "invalid_request", "", ""},
 		{"actor's type without token", b, token, []string{"resource", work, "actor_token_type", accessTokenType}, "invalid_request", "actor_token_type, and no actor_token", ""},
 		{"actor's token without type", a, token, []string{"resource", work, "actor_token", own}, "invalid_request", "actor_token_type must be", ""},
-		{"the worker itself", b, own, []string{"resource", work}, "invalid_request", "already, as its sub", ""},
-		{"the subject itself", a, token, []string{"resource", work}, "invalid_request", "already, as its sub", ""},
-		{"the subject as its actor", a, token, withActor(v.tokenFor(a, ""), "resource", work), "invalid_request", "already, as its sub", ""},
-		{"A to B to A", a, x1, nil, "invalid_request", "already, as its sub", ""},
-		{"A to B to B", b, x1, nil, "invalid_request", "already, in act", ""},
-		{"A to B to C to B", b, x2, nil, "invalid_request", "already, in act", ""},
-		{"A to B to C to A", a, x2, nil, "invalid_request", "already, as its sub", ""},
-		{"A to B to B, by actor_token", b, x1, withActor(own), "invalid_request", "already, in act", ""},
+		{"the worker itself", b, own, []string{"resource", work}, "invalid_request", "already, as sub or in act", ""},
+		{"the subject itself", a, token, []string{"resource", work}, "invalid_request", "already, as sub or in act", ""},
+		{"the subject as its actor", a, token, withActor(v.tokenFor(a, ""), "resource", work), "invalid_request", "already, as sub or in act", ""},
+		{"A to B to A", a, x1, nil, "invalid_request", "already, as sub or in act", ""},
+		{"A to B to B", b, x1, nil, "invalid_request", "already, as sub or in act", ""},
+		{"A to B to C to B", b, x2, nil, "invalid_request", "already, as sub or in act", ""},
+		{"A to B to C to A", a, x2, nil, "invalid_request", "already, as sub or in act", ""},
+		{"A to B to B, by actor_token", b, x1, withActor(own), "invalid_request", "already, as sub or in act", ""},
 		{"depth 4", e, x3, nil, "invalid_request", "three times", ""},
 		{"depth 4, by actor_token", d, x3, withActor(v.tokenFor(e, "")), "invalid_request", "three times", ""},
 
@@ -243,6 +243,8 @@ func TestExchangeRefusals(t *testing.T) {
 
 		{"a token for us alone", b, token, nil, "invalid_target", "for AgentIdP alone", ""},
 		{"no name of a resource", b, token, []string{"resource", ""}, "invalid_target", "for AgentIdP alone", ""},
+		{"another audience", c, x1, []string{"resource", work, "audience", store}, "invalid_target", "may not go to " + store, ""},
+		{"us as the audience", b, token, []string{"resource", work, "audience", us}, "invalid_target", "never AgentIdP", ""},
 		{"us", b, token, []string{"resource", us}, "invalid_target", "never AgentIdP", ""},
 		{"us beside another", b, token, []string{"resource", work, "resource", us}, "invalid_target", "never AgentIdP", ""},
 		{"us, of a token for both", b, bothWays, []string{"resource", us}, "invalid_target", "never AgentIdP", ""},
@@ -296,7 +298,7 @@ func TestExchangeRefusals(t *testing.T) {
 		rows = append(rows, row{"our " + scope, b, token, []string{"resource", work, "scope", scope}, "invalid_scope", "none of AgentIdP's own", ""},
 			row{"our " + scope + " beside another", b, token, []string{"resource", work, "scope", "a:b " + scope}, "invalid_scope", "none of AgentIdP's own", ""})
 	}
-	for _, name := range []string{"audience", "aud", "resources", "scopes"} {
+	for _, name := range []string{"aud", "resources", "scopes"} {
 		rows = append(rows, row{"the parameter " + name, b, token, []string{"resource", work, name, work}, "invalid_request", "no parameter " + name, ""})
 	}
 	refused := func(r row, a answer) {
@@ -344,6 +346,8 @@ func TestExchangeRefusals(t *testing.T) {
 		"as it is":                  v.exchanges(b, token, "resource", work),
 		"with all types":            v.exchanges(b, token, "resource", work, "requested_token_type", accessTokenType),
 		"a scope of both":           v.exchanges(b, token, "resource", work, "scope", "w:x a:b"),
+		"an audience":               v.exchanges(b, token, "audience", work),
+		"the same audience":         v.exchanges(b, token, "resource", work, "audience", work),
 		"two resources":             v.exchanges(b, token, "resource", work, "resource", store),
 		"of a token for both":       v.exchanges(b, bothWays),
 		"by actor_token":            v.exchanges(a, token, withActor(own, "resource", work)...),

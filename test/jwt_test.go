@@ -668,6 +668,7 @@ func TestMetadataThatClientsAccept(t *testing.T) {
 		"scopes_supported":                              "[agents:read agents:write tokens:read audit:read credentials:write]",
 		"subject_types_supported":                       "[public]",
 		"id_token_signing_alg_values_supported":         "[RS256]",
+		"dpop_signing_alg_values_supported":             algs,
 		"token_endpoint_auth_methods_supported":         methods,
 		"introspection_endpoint_auth_methods_supported": methods,
 		"revocation_endpoint_auth_methods_supported":    methods,

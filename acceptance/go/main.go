@@ -93,6 +93,8 @@ var clients = []struct {
 	{"jwx", tryJWX},
 	{"mcp go-sdk", tryMCP},
 	{"zitadel oidc", tryZitadel},
+	{"mcp go-sdk exchange", tryMCPExchange},
+	{"zitadel oidc exchange", tryZitadelExchange},
 	{"openid-client", node("openid-client.mjs")},
 	{"oauth4webapi", node("oauth4webapi.mjs")},
 	{"jose", node("jose.mjs")},
@@ -116,6 +118,7 @@ var clients = []struct {
 	{"keys page go", keysGo},
 	{"keys page node", keysNode},
 	{"keys page python", keysPython},
+	{"delegation page", delegation},
 	{"proofs page go", proofsGo},
 	{"proofs page node", proofsNode},
 }

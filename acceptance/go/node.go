@@ -73,9 +73,13 @@ func (w *world) forNode(ctx context.Context) (string, error) {
 		}
 		keys = append(keys, k)
 	}
+	p, err := w.parties(ctx)
+	if err != nil {
+		return "", err
+	}
 	key := w.keyFile
 	given, err := json.Marshal(map[string]any{
-		"base": w.base, "resource": resource, "agent": agent, "service": service, "tokens": t, "key": key, "keys": keys,
+		"base": w.base, "resource": resource, "agent": agent, "service": service, "tokens": t, "key": key, "keys": keys, "parties": p,
 	})
 	return string(given), err
 }

@@ -1,5 +1,5 @@
 import { createRemoteJWKSet, errors, importPKCS8, jwtVerify, SignJWT } from 'jose';
-import { agent, base, bearer, end, equal, keys as clients, refuses, resource, service, signs, tokens, works } from './check.mjs';
+import { agent, base, bearer, end, equal, exchanges, keys as clients, refuses, resource, service, signs, tokens, works } from './check.mjs';
 import { checker, prover } from './proof.mjs';
 
 const keys = createRemoteJWKSet(new URL(`${base}/.well-known/jwks.json`));
@@ -32,7 +32,7 @@ await refuses('a changed scope', () => verify(tokens.tampered), because(errors.J
 const post = async (path, form) => {
 	const answer = await fetch(`${base}/api/v1/token${path}`, { method: 'POST', body: new URLSearchParams(form) });
 	const body = await answer.json();
-	if (!answer.ok) throw Object.assign(new Error(body.error_description), { code: body.error });
+	if (!answer.ok) throw Object.assign(new Error(body.error_description), { status: answer.status, error: body.error });
 	return body;
 };
 const sign = async (who, pem, claims = {}, header = {}) =>
@@ -71,9 +71,39 @@ for (const [what, claims, header, reason] of [
 	await refuses(
 		what,
 		async () => (await by(who, who.key, claims, header)).token(),
-		(err) => err.code === 'invalid_client' && reason.test(err.message),
+		(err) => err.error === 'invalid_client' && reason.test(err.message),
 	);
 }
+
+// As what verifies tokens that came by exchange, which are asked for by hand.
+const chain = await exchanges(
+	({ id: client_id, secret: client_secret }) => {
+		const ask = (path, form) => post(path, { ...form, client_id, client_secret });
+		return {
+			token: async (form) => (await ask('', { grant_type: 'client_credentials', ...form })).access_token,
+			trade: (grant_type, form) => ask('', { grant_type, ...form }),
+			read: (token) => ask('/introspect', { token }),
+			revoke: (token) => ask('/revoke', { token }),
+		};
+	},
+	{ jose: async (token) => (await verify(token)).payload },
+);
+const third = chain[3];
+await works('accepts what has ended with its first token, as it does not ask', () => verify(third));
+await refuses(
+	'a token that came by exchange at another service',
+	() => jwtVerify(third, keys, { issuer: base, audience: 'https://payroll.example.com' }),
+	because(errors.JWTClaimValidationFailed, 'aud'),
+);
+await refuses(
+	'another act under the signature',
+	() => {
+		const [header, body, signature] = third.split('.');
+		const { act, ...claims } = JSON.parse(Buffer.from(body, 'base64url'));
+		return verify([header, Buffer.from(JSON.stringify({ ...claims, act: act.act })).toString('base64url'), signature].join('.'));
+	},
+	because(errors.JWSSignatureVerificationFailed),
+);
 
 // As a holder of tokens that are bound to a key, with proofs made by hand, and as a service that checks them.
 const at = { token: `${base}/api/v1/token`, agents: `${base}/api/v1/agents` };

@@ -1,6 +1,6 @@
 import { importPKCS8 } from 'jose';
 import * as oauth from 'oauth4webapi';
-import { agent, base, bearer, end, equal, given, refuses, resource, service, signs, tokens, works } from './check.mjs';
+import { agent, base, bearer, end, equal, exchanges, given, refuses, resource, service, signs, tokens, works } from './check.mjs';
 
 const http = { [oauth.allowInsecureRequests]: true };
 const issuer = new URL(base);
@@ -104,6 +104,28 @@ await refuses(
 		err.cause[0].scheme === 'bearer' &&
 		err.cause[0].parameters.error === 'invalid_token' &&
 		err.cause[0].parameters.resource_metadata === `${given.base}/.well-known/oauth-protected-resource`,
+);
+
+await exchanges(
+	(who) => {
+		const me = { client_id: who.id };
+		const auth = oauth.ClientSecretPost(who.secret);
+		return {
+			token: async (parameters) =>
+				(await oauth.processClientCredentialsResponse(as, me, await oauth.clientCredentialsGrantRequest(as, me, auth, parameters, http)))
+					.access_token,
+			trade: async (grant, parameters) =>
+				oauth.processGenericTokenEndpointResponse(
+					as,
+					me,
+					await oauth.genericTokenEndpointRequest(as, me, auth, grant, parameters, http),
+				),
+			read: async (token) =>
+				oauth.processIntrospectionResponse(as, me, await oauth.introspectionRequest(as, me, auth, token, http)),
+			revoke: async (token) => oauth.processRevocationResponse(await oauth.revocationRequest(as, me, auth, token, http)),
+		};
+	},
+	{ 'RFC 9068': validate },
 );
 
 // By keys, whose assertions have no typ here.

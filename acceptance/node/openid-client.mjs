@@ -1,12 +1,10 @@
 import { importPKCS8 } from 'jose';
 import * as client from 'openid-client';
-import { agent, base, end, equal, refuses, resource, service, signs, tokens, works } from './check.mjs';
+import { agent, base, end, equal, exchanges, refusedAs, refuses, resource, service, signs, tokens, works } from './check.mjs';
 
 const options = { execute: [client.allowInsecureRequests] }; // http
 const discover = (who, authentication, more) =>
 	client.discovery(new URL(base), who.id, undefined, authentication(who.secret), { ...options, ...more });
-const refusedAs = (status, code) => (err) =>
-	err.status === status && (err.error === code || err.cause?.[0]?.parameters?.error === code);
 
 for (const [name, authentication] of [
 	['Basic', client.ClientSecretBasic],
@@ -67,7 +65,7 @@ await refuses('to introspect without tokens:read', () => client.tokenIntrospecti
 await refuses('to revoke the token of another', () => client.tokenRevocation(config, tokens.good), refusedAs(400, 'invalid_request'));
 await refuses(
 	'a grant that is not there',
-	() => client.genericGrantRequest(config, 'urn:ietf:params:oauth:grant-type:token-exchange', { subject_token: 'x' }),
+	() => client.genericGrantRequest(config, 'urn:ietf:params:oauth:grant-type:device_code', { device_code: 'x' }),
 	refusedAs(400, 'unsupported_grant_type'),
 );
 await refuses('a scope that it may not have', () => client.clientCredentialsGrant(config, { scope: 'payroll:read' }), refusedAs(400, 'invalid_scope'));
@@ -76,6 +74,16 @@ await refuses(
 	() => client.discovery(new URL(base.replace('localhost', '127.0.0.1')), agent.id, agent.secret, undefined, options),
 	(err) => err.code === 'OAUTH_JSON_ATTRIBUTE_COMPARISON_FAILED',
 );
+
+await exchanges(async (who) => {
+	const config = await discover(who, client.ClientSecretBasic);
+	return {
+		token: async (parameters) => (await client.clientCredentialsGrant(config, parameters)).access_token,
+		trade: (grant, parameters) => client.genericGrantRequest(config, grant, parameters),
+		read: (token) => client.tokenIntrospection(config, token),
+		revoke: (token) => client.tokenRevocation(config, token),
+	};
+});
 
 // By keys. The challenge of a refusal has no reason; its body does.
 await signs(
