@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"fmt"
+	"go/ast"
 	"io"
 	"maps"
 	"net/http"
@@ -12,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -198,4 +200,64 @@ func swap(first, second string) string {
 	parts := strings.Split(first, ".")
 	parts[1] = strings.Split(second, ".")[1]
 	return strings.Join(parts, ".")
+}
+
+// What is said of a proof that isn't right stands in proofs.md, and nothing else does.
+func TestProofsPageHasEveryRefusal(t *testing.T) {
+	_, table, _ := strings.Cut(readFile(t, "docs/developers/proofs.md"), "\n## What is refused\n")
+	table, _, _ = strings.Cut(table, "\n## ")
+	var said []string
+	for _, row := range regexp.MustCompile("(?m)^\\| `(?:… )?(.*?)` \\|").FindAllStringSubmatch(table, -1) {
+		said = append(said, row[1])
+	}
+	verbs := regexp.MustCompile(`%(\\\.)?[0-9]*[a-z]`) // as QuoteMeta has them
+	var like func(e ast.Expr) string                   // what the source says, where anything may stand for a variable
+	like = func(e ast.Expr) string {
+		if sum, ok := e.(*ast.BinaryExpr); ok {
+			return like(sum.X) + like(sum.Y)
+		}
+		if call, ok := e.(*ast.CallExpr); ok && len(call.Args) > 0 && literal(call.Args[0]) != "" { // Sprintf
+			return verbs.ReplaceAllString(regexp.QuoteMeta(literal(call.Args[0])), ".+")
+		}
+		if text := literal(e); text != "" {
+			return regexp.QuoteMeta(text)
+		}
+		return ".+"
+	}
+	var source []*regexp.Regexp
+	for _, file := range goFiles(t, false) {
+		for _, declared := range file.Decls {
+			f, isFunc := declared.(*ast.FuncDecl)
+			if file.name != "dpop.go" && file.name != "exchange.go" && (file.name != "jwk.go" || isFunc && f.Name.Name != "readAssertion") {
+				continue
+			}
+			ast.Inspect(declared, func(n ast.Node) bool {
+				call, ok := n.(*ast.CallExpr)
+				if !ok {
+					return true
+				}
+				of, _ := call.Fun.(*ast.SelectorExpr)
+				name, _ := call.Fun.(*ast.Ident)
+				if name != nil && name.Name == "flaw" || of != nil && of.Sel.Name == "because" && file.name == "dpop.go" {
+					if text := like(call.Args[0]); !strings.Contains(text, "The DPoP proof") { // which a flaw is put behind
+						source = append(source, regexp.MustCompile("^"+strings.ReplaceAll(text, ".+.+", ".+")+"$"))
+					}
+				}
+				return true
+			})
+		}
+	}
+	for _, r := range source {
+		if !slices.ContainsFunc(said, r.MatchString) {
+			t.Errorf("proofs.md lacks the refusal %s", r)
+		}
+	}
+	for _, text := range said {
+		if !slices.ContainsFunc(source, func(r *regexp.Regexp) bool { return r.MatchString(text) }) {
+			t.Errorf("proofs.md has the refusal %q, which is not in the source", text)
+		}
+	}
+	if len(source) < 15 || len(said) != len(source) {
+		t.Errorf("the source has the refusals %s, and proofs.md %q", source, said)
+	}
 }
