@@ -142,6 +142,46 @@ export async function exchanges(by, offline = {}) {
 	return one;
 }
 
+// bindings tries that an exchange drops no binding to a key. by makes a client of a library as exchanges has it, whose token and trade
+// take a handle of the library that makes proofs, or none.
+export async function bindings(by, handle) {
+	const accessToken = 'urn:ietf:params:oauth:token-type:access_token';
+	const orchestrator = await by(parties.orchestrator);
+	const worker = await by(parties.workers[0]);
+	const { read } = await by(service);
+	const first = await handle();
+	const second = await handle();
+	const trade = async (who, subject_token, DPoP, actor_token) => {
+		const form = { subject_token, subject_token_type: accessToken, ...(actor_token && { actor_token, actor_token_type: accessToken }) };
+		return (await who.trade('urn:ietf:params:oauth:grant-type:token-exchange', form, DPoP)).access_token;
+	};
+	const bound = await orchestrator.token({ resource }, first);
+	const plain = await orchestrator.token({ resource });
+	const actor = await worker.token({ scope: 'resumes:read' }, second);
+	const loose = await worker.token({ scope: 'resumes:read' });
+	for (const [what, who, subject, DPoP, actorToken, key] of [
+		['a bound token', worker, bound, second, undefined, second],
+		['one that is not bound, with a proof', worker, plain, second, undefined, second],
+		['one that is not bound, without', worker, plain, undefined, undefined, undefined],
+		['a bound token, by a bound actor_token', orchestrator, bound, first, actor, second],
+		['one that is not bound, by a bound actor_token', orchestrator, plain, undefined, actor, second],
+	]) {
+		await works(`trades ${what}`, async () => {
+			const { cnf } = await read(await trade(who, subject, DPoP, actorToken));
+			equal('cnf', JSON.stringify(cnf), JSON.stringify(key && { jkt: await key.calculateThumbprint() }));
+		});
+	}
+	for (const [what, who, subject, DPoP, actorToken] of [
+		['a bound token without a proof', worker, bound, undefined, undefined],
+		['a bound token by actor_token, without a proof', orchestrator, bound, undefined, actor],
+		['a bound token by actor_token, with a proof of that', orchestrator, bound, second, actor],
+		['a bound token by an actor_token that is not', orchestrator, bound, first, loose],
+		['one that is not bound, with a proof, by an actor_token that is not', orchestrator, plain, first, loose],
+	]) {
+		await refuses(`to trade ${what}`, () => trade(who, subject, DPoP, actorToken), refusedAs(400, 'invalid_dpop_proof'));
+	}
+}
+
 // guards tries a resource server: ask returns the status that it answers to a
 // token. Only one that asks the service can know that a token is revoked.
 export async function guards(set, ask, { asks }) {

@@ -1,6 +1,6 @@
 import { importPKCS8 } from 'jose';
 import * as oauth from 'oauth4webapi';
-import { agent, base, bearer, end, equal, exchanges, given, refuses, resource, service, signs, tokens, works } from './check.mjs';
+import { agent, base, bearer, bindings, end, equal, exchanges, given, refuses, resource, service, signs, tokens, works } from './check.mjs';
 
 const http = { [oauth.allowInsecureRequests]: true };
 const issuer = new URL(base);
@@ -106,27 +106,24 @@ await refuses(
 		err.cause[0].parameters.resource_metadata === `${given.base}/.well-known/oauth-protected-resource`,
 );
 
-await exchanges(
-	(who) => {
-		const me = { client_id: who.id };
-		const auth = oauth.ClientSecretPost(who.secret);
-		return {
-			token: async (parameters) =>
-				(await oauth.processClientCredentialsResponse(as, me, await oauth.clientCredentialsGrantRequest(as, me, auth, parameters, http)))
-					.access_token,
-			trade: async (grant, parameters) =>
-				oauth.processGenericTokenEndpointResponse(
-					as,
-					me,
-					await oauth.genericTokenEndpointRequest(as, me, auth, grant, parameters, http),
-				),
-			read: async (token) =>
-				oauth.processIntrospectionResponse(as, me, await oauth.introspectionRequest(as, me, auth, token, http)),
-			revoke: async (token) => oauth.processRevocationResponse(await oauth.revocationRequest(as, me, auth, token, http)),
-		};
-	},
-	{ 'RFC 9068': validate },
-);
+const party = (who) => {
+	const me = { client_id: who.id };
+	const auth = oauth.ClientSecretPost(who.secret);
+	return {
+		token: async (parameters, DPoP) => {
+			const answer = await oauth.clientCredentialsGrantRequest(as, me, auth, parameters, { DPoP, ...http });
+			return (await oauth.processClientCredentialsResponse(as, me, answer)).access_token;
+		},
+		trade: async (grant, parameters, DPoP) => {
+			const answer = await oauth.genericTokenEndpointRequest(as, me, auth, grant, parameters, { DPoP, ...http });
+			return oauth.processGenericTokenEndpointResponse(as, me, answer);
+		},
+		read: async (token) =>
+			oauth.processIntrospectionResponse(as, me, await oauth.introspectionRequest(as, me, auth, token, http)),
+		revoke: async (token) => oauth.processRevocationResponse(await oauth.revocationRequest(as, me, auth, token, http)),
+	};
+};
+await exchanges(party, { 'RFC 9068': validate });
 
 // By keys, whose assertions have no typ here.
 await signs(
@@ -216,4 +213,5 @@ for (const [what, request] of [
 	await refuses(`${what}, as a resource server`, () => judge(request), (err) =>
 		[oauth.INVALID_RESPONSE, oauth.JWT_CLAIM_COMPARISON, oauth.INVALID_REQUEST].includes(err.code));
 }
+await bindings(party, () => handle('ES256'));
 end();

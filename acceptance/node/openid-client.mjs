@@ -1,6 +1,6 @@
 import { importPKCS8 } from 'jose';
 import * as client from 'openid-client';
-import { agent, base, end, equal, exchanges, refusedAs, refuses, resource, service, signs, tokens, works } from './check.mjs';
+import { agent, base, bindings, end, equal, exchanges, refusedAs, refuses, resource, service, signs, tokens, works } from './check.mjs';
 
 const options = { execute: [client.allowInsecureRequests] }; // http
 const discover = (who, authentication, more) =>
@@ -75,15 +75,16 @@ await refuses(
 	(err) => err.code === 'OAUTH_JSON_ATTRIBUTE_COMPARISON_FAILED',
 );
 
-await exchanges(async (who) => {
+const party = async (who) => {
 	const config = await discover(who, client.ClientSecretBasic);
 	return {
-		token: async (parameters) => (await client.clientCredentialsGrant(config, parameters)).access_token,
-		trade: (grant, parameters) => client.genericGrantRequest(config, grant, parameters),
+		token: async (parameters, DPoP) => (await client.clientCredentialsGrant(config, parameters, { DPoP })).access_token,
+		trade: (grant, parameters, DPoP) => client.genericGrantRequest(config, grant, parameters, { DPoP }),
 		read: (token) => client.tokenIntrospection(config, token),
 		revoke: (token) => client.tokenRevocation(config, token),
 	};
-});
+};
+await exchanges(party);
 
 // By keys. The challenge of a refusal has no reason; its body does.
 await signs(
@@ -142,4 +143,5 @@ for (const [what, claims] of [
 		refusedAs(400, 'invalid_dpop_proof'),
 	);
 }
+await bindings(party, handle);
 end();
