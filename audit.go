@@ -183,6 +183,7 @@ func (s *server) listEvents(r *request) (any, error) {
 	part, args := in.span(), pgx.NamedArgs{
 		"agent":   take(in, "agentId", matching("must be a UUID in lower case", isID)),
 		"actor":   take(in, "actorId", matching("must be a UUID in lower case", isID)),
+		"subject": take(in, "subjectId", matching("must be a UUID in lower case", isID)),
 		"action":  take(in, "action", oneOf(actions)),
 		"outcome": take(in, "outcome", oneOf([]string{"success", "failure"})),
 	}
@@ -220,6 +221,7 @@ func (s *server) listEvents(r *request) (any, error) {
 		from audit_events
 		where (@agent::uuid is null or agent_id = @agent)
 			and (@actor::uuid is null or actor_id = @actor)
+			and (@subject::text is null or metadata ->> 'subject' = @subject)
 			and (@action::text is null or action = @action)
 			and (@outcome::text is null or outcome = @outcome)
 			and "timestamp" >= @from::timestamptz

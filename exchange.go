@@ -114,7 +114,7 @@ func (s *server) bind(r *request, g *grant) (err error) {
 	case g.isBrought && needed && g.key == "":
 		return flaw("takes an actor_token that is bound to a key, to which the new token is bound")
 	case needed && g.key == "":
-		return flaw("must be there, in the header DPoP: this agent, or whom it acts for, has only tokens that are bound to a key")
+		return flaw("must be there, in the header DPoP: an agent has proofRequired, or the subject_token is bound to a key")
 	}
 	return nil
 }

@@ -44,6 +44,9 @@ create index if not exists audit_events_actor_id on audit_events (actor_id, seq)
 create index if not exists audit_events_tokens on audit_events (seq) where action = 'token.issued';
 create index if not exists audit_events_action on audit_events (action, seq) where action <> 'token.issued';
 create index if not exists audit_events_failure on audit_events (seq) where outcome = 'failure';
+-- Since version 5: what was got in somebody's name.
+create index if not exists audit_events_subject on audit_events ((metadata ->> 'subject'), seq)
+    where metadata ->> 'subject' is not null;
 ---
 -- Until version 4 this was there, and had not all that a page of an agent takes.
 drop index if exists audit_events_agent_id;

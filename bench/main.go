@@ -81,6 +81,7 @@ type part struct {
 var parts = []part{
 	{"Token", benchTokens},
 	{"Keys", benchKeys},
+	{"Handed", benchHanded},
 	{"Read", benchReads},
 	{"Cold", benchCold},
 	{"Memory", benchMemory},

@@ -144,6 +144,7 @@ type server struct {
 	cmd        *exec.Cmd
 	address    string
 	ready      time.Duration // from its start until it says that it serves
+	key        string        // that it signs with
 	id, secret string        // of the first agent
 	token      string        // of that
 }
@@ -223,7 +224,7 @@ func (s *stores) newServer(key string, first *server, more ...string) (*server, 
 	if err != nil {
 		return nil, err
 	}
-	sv.id, sv.secret = id, secret
+	sv.key, sv.id, sv.secret = key, id, secret
 	sv.token, err = sv.ask("POST", "/api/v1/token", basic(id, secret), grant, "access_token")
 	return sv, err
 }
@@ -252,13 +253,16 @@ func memory(pid int) float64 {
 func (sv *server) memory() float64 { return memory(sv.cmd.Process.Pid) }
 
 // ask sends a request and returns a member of the JSON answer.
-func (sv *server) ask(method, path, auth, form, member string) (string, error) {
+func (sv *server) ask(method, path, auth, form, member string, header ...string) (string, error) {
 	q, err := http.NewRequest(method, "http://"+sv.address+path, strings.NewReader(form))
 	if err != nil {
 		return "", err
 	}
 	q.Header.Set("Authorization", auth)
 	q.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	for i := 0; i < len(header); i += 2 {
+		q.Header.Set(header[i], header[i+1])
+	}
 	answer, err := http.DefaultClient.Do(q)
 	if err != nil {
 		return "", err

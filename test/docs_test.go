@@ -1368,7 +1368,7 @@ func TestPagesHaveTheCodesOfPostgreSQL(t *testing.T) {
 func TestPagesHaveEveryRedisKey(t *testing.T) {
 	t.Parallel()
 	table := pageTables(t, "architecture.md", "## Keys in Redis")
-	wildcards := strings.NewReplacer("<jti>", `[0-9a-f-]{36}`, "<client_id>", `[0-9a-f-]{36}`, "<minute>", `\d{8}`,
+	wildcards := strings.NewReplacer("<jti>", `[0-9a-f-]{36}`, "<client_id>", `[0-9a-f-]{36}`, "<minute>", `\d{8}`, "<window>", `\d{8}`, "<digest>", `[A-Za-z0-9_-]{43}`,
 		"<address>", `[0-9a-f.:]+`, "<year>", `\d{4}`, "<month>", `\d\d`)
 	type pattern struct {
 		name    string

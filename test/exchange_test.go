@@ -957,6 +957,17 @@ func TestExchangeCountsAndIsRecordedAsTheWorkers(t *testing.T) {
 	}
 	own = v.tokenFor(b, "")
 	v.exchanged(a, token, withActor(own, "resource", work)...)
+	v.want(v.exchanges(v.newParty("a:b"), token, "resource", work), 403, "unauthorized_client")
+	for query, want := range map[string]int{"": v.count(`select count(*) from audit_events where metadata ->> 'subject' = $1`, a.id), "&outcome=failure": 3, "&actorId=" + c.id: 1, "&agentId=" + a.id: 1} {
+		page := v.audit("limit=100&subjectId=" + a.id + query)
+		if len(page.Data) != want || page.Total != want {
+			t.Errorf("in its name, and %q, there are %d events, and %d in all, want %d", query, len(page.Data), page.Total, want)
+		}
+	}
+	if n := len(v.audit("subjectId=" + b.id).Data); n != 0 {
+		t.Errorf("there are %d events in the worker's name", n)
+	}
+	v.want(v.api(v.bearer, "GET", "/audit?subjectId=x", ""), 400, "VALIDATION_ERROR")
 	e = v.audit("agentId=" + b.id + "&action=token.issued&limit=1").Data[0]
 	if e.ActorID == nil || *e.ActorID != b.id || !strings.Contains(string(e.Metadata), `"requestedBy":"`+a.id+`"`) || !strings.Contains(string(e.Metadata), readClaims(t, own).ID) || !strings.Contains(string(e.Metadata), readClaims(t, token).ID) {
 		t.Errorf("the event of a token that its subject fetched says %s, actor %v", e.Metadata, e.ActorID)
