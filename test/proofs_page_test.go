@@ -62,6 +62,18 @@ func (h holder) proves(method, address, token string, header, claims members) st
 	return h.sign(head, says)
 }
 
+// boundToken gets a token for a service, bound to a key.
+func (v *service) boundToken(h holder, id, secret, scope, resource string) string {
+	v.t.Helper()
+	form := url.Values{"grant_type": {"client_credentials"}, "resource": {resource}, "scope": {scope}, "client_id": {id}, "client_secret": {secret}}
+	proof := h.proves("POST", v.url+"/api/v1/token", "", nil, members{"ath": nil})
+	a := v.want(v.do("POST", "/api/v1/token", form.Encode(), "Content-Type", formType, "DPoP", proof), 200, "")
+	if a.text("token_type") != "DPoP" {
+		v.t.Fatalf("with a proof the answer is %v", a)
+	}
+	return a.text("access_token")
+}
+
 // The programs of the page: the agent in Go gets a token and uses it, and the service in Go lets nobody else do so.
 func TestProofsPagePrograms(t *testing.T) {
 	t.Parallel()
@@ -93,22 +105,7 @@ func TestProofsPagePrograms(t *testing.T) {
 	}
 
 	h, thief := newHolder(t, "ES256"), newHolder(t, "ES256")
-	bind := func(scope string) string {
-		t.Helper()
-		form := url.Values{"grant_type": {"client_credentials"}, "resource": {service}, "scope": {scope}}.Encode()
-		q, err := http.NewRequest("POST", v.url+"/api/v1/token", strings.NewReader(form))
-		if err != nil {
-			t.Fatal(err)
-		}
-		q.SetBasicAuth(id, secret)
-		q.Header.Set("Content-Type", formType)
-		q.Header.Set("DPoP", h.proves("POST", v.url+"/api/v1/token", "", nil, members{"ath": nil}))
-		a := v.want(v.send(q), 200, "")
-		if a.text("token_type") != "DPoP" {
-			t.Fatalf("with a proof the answer is %v", a)
-		}
-		return a.text("access_token")
-	}
+	bind := func(scope string) string { return v.boundToken(h, id, secret, scope, service) }
 	token, other, narrow := bind("resumes:read"), bind("resumes:read"), bind("scores:write")
 	plain := v.forService(id, secret, "resumes:read", service)
 	here := service + "/resumes"
