@@ -131,11 +131,13 @@ func tryKeyfunc(ctx context.Context, w *world, c client) {
 	if !c.checked("reads the keys", err) {
 		return
 	}
-	c.verifies(t, func(token string) error {
+	verify := func(token string) error {
 		_, err := jwt.Parse(token, keys.Keyfunc, jwt.WithValidMethods([]string{"RS256"}), jwt.WithIssuer(w.base),
 			jwt.WithAudience(resource), jwt.WithExpirationRequired(), jwt.WithIssuedAt())
 		return err
-	}, map[string]func(error) bool{
+	}
+	c.checked("passes over cnf, which tokens.md says", verify(t.Bound))
+	c.verifies(t, verify, map[string]func(error) bool{
 		"an expired token": being(jwt.ErrTokenExpired),
 		"a wrong issuer":   being(jwt.ErrTokenInvalidIssuer),
 		"a wrong audience": being(jwt.ErrTokenInvalidAudience),
