@@ -258,3 +258,64 @@ func TestProofsPageHasEveryRefusal(t *testing.T) {
 		t.Errorf("the source has the refusals %s, and proofs.md %q", source, said)
 	}
 }
+
+// A proof is good once on all copies, also where they have no Redis; between the two it is remembered by one alone, as
+// proofs.md says. What is refused as wrong is not used up.
+func TestProofIsGoodOnceOnAllCopies(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	proxy := newProxy(t, v.rdb.Options().Network, v.rdb.Options().Addr)
+	proxy.set(refusing)
+	without := func() *service {
+		return v.another("REDIS_URL", fmt.Sprintf("redis://%s/%d", proxy.listener.Addr(), v.rdb.Options().DB))
+	}
+	id, secret := v.newClient(agentsRead)
+	h, base := newHolder(t, "ES256"), v.env["ISSUER"]+"/api/v1"
+	form := url.Values{"grant_type": {"client_credentials"}, "client_id": {id}, "client_secret": {secret}}.Encode()
+	ask := func(c *service, proof string) answer {
+		return c.do("POST", "/api/v1/token", form, "Content-Type", formType, "DPoP", proof)
+	}
+	proof := func(claims members) string {
+		return h.proves("POST", base+"/token", "", nil, members{"ath": nil}.with(claims))
+	}
+	token := v.want(ask(v, proof(nil)), 200, "").text("access_token")
+	use := func(c *service, proof string) answer {
+		return c.do("GET", "/api/v1/agents", "", "Authorization", "DPoP "+token, "DPoP", proof)
+	}
+	again := func(a answer, status int) {
+		t.Helper()
+		said := a.text("error_description") + a.header.Get("WWW-Authenticate")
+		if a.status != status || !strings.Contains(said, "The DPoP proof was used before; each needs a jti of its own.") {
+			t.Errorf("a proof once more is answered %v", a)
+		}
+	}
+	copies := map[string][]*service{"Redis": {v, v.another()}, "no Redis": {without(), without()}}
+	for name, of := range copies {
+		t.Run(name, func(t *testing.T) {
+			for i, first := range of {
+				asked, used := proof(nil), h.proves("GET", base+"/agents", token, nil, nil)
+				v.want(ask(first, asked), 200, "")
+				v.want(use(first, used), 200, "")
+				for _, then := range of {
+					again(ask(then, asked), 400)
+					again(use(then, used), 401)
+				}
+				jti := fmt.Sprint(name, i)
+				v.want(ask(first, proof(members{"jti": jti, "htm": "GET"})), 400, "invalid_dpop_proof")
+				v.want(ask(first, proof(members{"jti": jti, "iat": 1})), 400, "invalid_dpop_proof")
+				v.want(ask(first, proof(members{"jti": jti})), 200, "")
+				again(ask(first, proof(members{"jti": jti})), 400)
+				thief := newHolder(t, "ES256") // whose jti is another's
+				v.want(ask(first, thief.proves("POST", base+"/token", "", nil, members{"ath": nil, "jti": jti})), 200, "")
+			}
+		})
+	}
+	one, other := copies["Redis"][0], copies["no Redis"][0]
+	for _, pair := range [][2]*service{{one, other}, {other, one}} {
+		asked := proof(nil)
+		for _, c := range pair {
+			v.want(ask(c, asked), 200, "")
+			again(ask(c, asked), 400)
+		}
+	}
+}
