@@ -85,23 +85,10 @@ func readJWK(value any) (k jwk, err error) {
 		return k, fmt.Errorf("must have one of %s as its alg, or none", strings.Join(fits, ", "))
 	}
 	public, err := k.public()
-	if key, ok := public.(ed25519.PublicKey); ok && isForgeable(key) {
-		return k, errors.New("must be a key of its own, and this is one for which anybody can sign")
+	if key, ok := public.(ed25519.PublicKey); ok && !isEdwards(key) {
+		return k, errors.New("must have as its x a point of Ed25519, and none for which anybody can sign")
 	}
 	return k, err
-}
-
-// isForgeable tells whether a signature that nobody has made verifies, as of a point
-// of small order it does for every eighth text: of each of them for one of these.
-func isForgeable(key ed25519.PublicKey) bool {
-	sig := make([]byte, ed25519.SignatureSize)
-	sig[0] = 1
-	for text := range byte(16) {
-		if ed25519.Verify(key, []byte{text}, sig) {
-			return true
-		}
-	}
-	return false
 }
 
 // public is the key itself. It fails where that isn't one, or too small.
@@ -130,6 +117,27 @@ func (k jwk) public() (crypto.PublicKey, error) {
 		return nil, errors.New("must have an x of 32 bytes")
 	}
 	return ed25519.PublicKey(x), nil
+}
+
+var edwardsPrime = new(big.Int).Sub(new(big.Int).Lsh(big.NewInt(1), 255), big.NewInt(19))
+
+// isEdwards tells whether there is a point with this y, since x² = (y²-1) / (dy²+1) is a
+// square (RFC 8032, section 5.1.3; d is -121665/121666), and one of large order. Of one of
+// small order anybody can sign for some texts: y is 0, 1 or -1, or x² = -y², of which the
+// double has y = 0.
+func isEdwards(point []byte) bool {
+	number := slices.Clone(point)
+	slices.Reverse(number)
+	number[0] &= 0x7f // without the sign of x
+	y2 := new(big.Int).Exp(new(big.Int).SetBytes(number), big.NewInt(2), edwardsPrime)
+	over := new(big.Int).Sub(y2, big.NewInt(1))
+	over.Mul(over, big.NewInt(121666)) // both 121666 times
+	under := new(big.Int).Mul(y2, big.NewInt(121665))
+	under.Sub(big.NewInt(121666), under)
+	eighth := new(big.Int).Mul(y2, under)
+	eighth.Add(eighth, over).Mod(eighth, edwardsPrime)
+	square := new(big.Int).Mul(over, under)
+	return y2.Sign() != 0 && eighth.Sign() != 0 && big.Jacobi(square.Mod(square, edwardsPrime), edwardsPrime) == 1
 }
 
 // thumbprint is that of RFC 7638, section 3: of the members that make a key of

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
@@ -195,6 +196,31 @@ func FuzzReadAssertion(f *testing.F) {
 			t.Errorf("%q is read as %+v", text, a)
 		}
 	})
+}
+
+// Of the numbers that x may have half are the y of a point; those of all keys are.
+func TestKeyIsAPointOfItsCurve(t *testing.T) {
+	t.Parallel()
+	on, x := 0, make([]byte, ed25519.PublicKeySize)
+	for i := range 256 {
+		key, _, err := ed25519.GenerateKey(nil)
+		if err != nil || !isEdwards(key) {
+			t.Fatalf("the key %x is no point, %v", key, err)
+		}
+		if x[0] = byte(i); isEdwards(x) {
+			on++
+		}
+	}
+	if on < 64 || on > 192 {
+		t.Errorf("of 256 numbers %d are points", on)
+	}
+	for y, want := range map[byte]bool{2: false, 3: true, 7: false, 8: false, 9: true, 11: false} {
+		clear(x)
+		x[0] = y
+		if k, err := keyOf(t, `{"kty":"OKP","crv":"Ed25519","x":"`+b64.EncodeToString(x)+`"}`); (err == nil) != want {
+			t.Errorf("y = %d: %v, %v; want it taken: %v", y, k, err, want)
+		}
+	}
 }
 
 // Of a point of small order a signature that nobody has made verifies, whoever holds the key.
