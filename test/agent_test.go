@@ -86,7 +86,7 @@ func TestAgentIsServedAsItWasRegistered(t *testing.T) {
 		"version":"1.2.3-rc.1+build.5","capabilities":["resumes:*","mails.in:send_all-1"],"owner":"Équipe 猫",
 		"deploymentEnv":"development"}`), 201, "")
 	newer := a.text("agentId")
-	fields := "agentId agentType capabilities createdAt delegates deploymentEnv email monthlyTokenLimit owner rateLimit resources status tokenTtl updatedAt version"
+	fields := "agentId agentType capabilities createdAt delegates deploymentEnv email monthlyTokenLimit owner proofRequired rateLimit resources status tokenTtl updatedAt version"
 	if got := strings.Join(slices.Sorted(maps.Keys(a.body)), " "); got != fields {
 		t.Errorf("an agent has the fields %q, want %q", got, fields)
 	}

@@ -10,13 +10,14 @@ import (
 )
 
 // What agents:write allows an agent beside its capabilities: limits of its own, where
-// its tokens may go, and who may act for it.
+// its tokens may go, who may act for it, and whether its tokens are bound to a key.
 
 // allowances are the fields, with one value of each that is right, and the agent's
 // own answer to what it is without.
 var allowances = map[string][2]string{
 	"rateLimit": {"7", "null"}, "monthlyTokenLimit": {"3", "null"}, "tokenTtl": {"90", "null"}, "resources": {`["https://a.example.com"]`, "[]"},
-	"delegates": {`["01a22c3d-19a8-758e-a419-ee2ad0f8fe2c","01a22c3d-1a58-72fe-b7ad-12fc2670a23d"]`, "[]"},
+	"delegates":     {`["01a22c3d-19a8-758e-a419-ee2ad0f8fe2c","01a22c3d-1a58-72fe-b7ad-12fc2670a23d"]`, "[]"},
+	"proofRequired": {"true", "false"},
 }
 
 func (v *service) allow(id, field, value string) answer {
@@ -57,6 +58,7 @@ func TestAllowancesAreKeptShownAndRecorded(t *testing.T) {
 	for field, values := range map[string][]string{
 		"rateLimit":         {"-1", "1.5", "1e7", `"5"`, "true", "[]"},
 		"monthlyTokenLimit": {"-1", "0.1", "1e10", `"5"`, "{}"},
+		"proofRequired":     {"null", `"true"`, "1", "0", "[]", "{}", `""`, "[true]"},
 		"tokenTtl":          {"0", "-1", "86401", `"1h"`, "1.5"},
 		"resources": {"null", `"https://a.example.com"`, `[1]`, `[null]`, `["a"]`, `["https://a.example.com#b"]`, `["https://a.example.com","https://a.example.com"]`,
 			`["https://a.example.com/` + strings.Repeat("x", 2048) + `"]`, `["x:` + strings.Repeat(`","x:`, 16) + `"]`},
@@ -100,7 +102,7 @@ func TestNobodyAllowsItselfMore(t *testing.T) {
 		}
 	}
 	v.want(v.api(self, "PATCH", "/agents/"+id, `{"owner": "another"}`), 200, "") // the rest is its own to change
-	if n := v.count(`select count(*) from agents where agent_id = $1 and resources = '{}' and delegates = '{}' and owner = 'another'
+	if n := v.count(`select count(*) from agents where agent_id = $1 and resources = '{}' and delegates = '{}' and not proof_required and owner = 'another'
 		and coalesce(rate_limit, monthly_token_limit, token_ttl) is null`, id); n != 1 {
 		t.Error("the agent was changed")
 	}

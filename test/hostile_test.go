@@ -250,7 +250,7 @@ func (p *program) places(rt route) (list []place) {
 	at("body", always, func(m *message, text string) { m.body, m.length = text, true })
 	at("end of body", always, func(m *message, text string) { m.body, m.length = m.body+text, true })
 
-	for _, scheme := range []string{"", "Bearer ", "bEARER  ", "Basic ", "Digest ", "Bearer " + p.bearer + ", "} {
+	for _, scheme := range []string{"", "Bearer ", "bEARER  ", "DPoP ", "Basic ", "Digest ", "Bearer " + p.bearer + ", "} {
 		hidden("Authorization: "+strings.Replace(scheme, p.bearer, "token", 1), asValue, func(m *message, text string) { m.set("Authorization", scheme+text) })
 	}
 	hidden("Authorization: token, cut", asValue, func(m *message, text string) { m.set("Authorization", "Bearer "+p.bearer[:len(p.bearer)-10]+text) })
@@ -260,7 +260,7 @@ func (p *program) places(rt route) (list []place) {
 	hidden("Authorization twice", asValue, func(m *message, text string) { m.add("Authorization", text); m.add("Authorization", "Bearer "+text) })
 	hidden("Cookie", asValue, func(m *message, text string) { m.set("Cookie", "session="+text) })
 	for _, name := range []string{"Content-Type", "X-Forwarded-For", "Origin", "Accept", "Accept-Encoding", "Content-Encoding", "Range",
-		"If-None-Match", "Access-Control-Request-Method", "X-Http-Method-Override", "Forwarded", "Referer"} {
+		"If-None-Match", "Access-Control-Request-Method", "X-Http-Method-Override", "Forwarded", "Referer", "DPoP"} {
 		put := hidden
 		if name == "Content-Type" {
 			put = at

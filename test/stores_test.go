@@ -922,7 +922,7 @@ var tables = []string{"agents", "credentials", "token_revocations", "audit_event
 // asVersion3 makes tables of the schema those of version 3, in what a change of them
 // has to lock.
 const asVersion3 = `
-	alter table agents drop column delegates, drop column resources, drop column rate_limit, drop column monthly_token_limit, drop column token_ttl;
+	alter table agents drop column proof_required, drop column delegates, drop column resources, drop column rate_limit, drop column monthly_token_limit, drop column token_ttl;
 	alter table credentials drop column kind, drop column public_key, drop column key_thumbprint, drop column workload;
 	drop index audit_events_agent, audit_events_issued;
 	create index audit_events_agent_id on audit_events (agent_id);
