@@ -62,8 +62,8 @@ func (h holder) proves(method, address, token string, header, claims members) st
 	return h.sign(head, says)
 }
 
-// boundToken gets a token for a service, bound to a key.
-func (v *service) boundToken(h holder, id, secret, scope, resource string) string {
+// tokenOfHolder gets a token for a service, bound to a key.
+func (v *service) tokenOfHolder(h holder, id, secret, scope, resource string) string {
 	v.t.Helper()
 	form := url.Values{"grant_type": {"client_credentials"}, "resource": {resource}, "scope": {scope}, "client_id": {id}, "client_secret": {secret}}
 	proof := h.proves("POST", v.url+"/api/v1/token", "", nil, members{"ath": nil})
@@ -105,7 +105,7 @@ func TestProofsPagePrograms(t *testing.T) {
 	}
 
 	h, thief := newHolder(t, "ES256"), newHolder(t, "ES256")
-	bind := func(scope string) string { return v.boundToken(h, id, secret, scope, service) }
+	bind := func(scope string) string { return v.tokenOfHolder(h, id, secret, scope, service) }
 	token, other, narrow := bind("resumes:read"), bind("resumes:read"), bind("scores:write")
 	plain := v.forService(id, secret, "resumes:read", service)
 	here := service + "/resumes"

@@ -160,7 +160,7 @@ func TestVerifyLetsInWhoMay(t *testing.T) {
 			const invalid = `error="invalid_token", error_description="The token is for another service`
 			e.want("another service", v.forService(id, secret, "", "https://other.example.com"), 401, invalid)
 			e.want("the issuer itself", v.token(id, secret, ""), 401, invalid)
-			e.want("a token that is bound to a key", v.boundToken(newHolder(t, "ES256"), id, secret, "resumes:read", e.url), 401,
+			e.want("a token that is bound to a key", v.tokenOfHolder(newHolder(t, "ES256"), id, secret, "resumes:read", e.url), 401,
 				`error="invalid_token", error_description="The token is bound to a key, which this service doesn't check`)
 			e.want("another scope", v.forService(id, secret, "scores:write", e.url), 403, `error="insufficient_scope", scope="resumes:read"`)
 			a := v.want(v.api(v.bearer, "GET", "/audit/verify", ""), 200, "")
