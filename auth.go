@@ -94,13 +94,9 @@ func (s *server) identify(r *request) error {
 	if err != nil {
 		return errInvalidToken.because("This is " + err.Error() + ".")
 	}
-	proof, err := s.prove(r, token, c)
 	found := caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
-	if err == nil {
+	if found.proof, err = s.prove(r, token, c); err == nil {
 		err = s.checkAlive(r.Context(), &found)
-	}
-	if err == nil {
-		err = sayOfProof(errWrongProof, s.once(r.Context(), proof))
 	}
 	if err == nil {
 		r.caller = found
@@ -121,10 +117,11 @@ func (s *server) readToken(text string) (claims, error) {
 // spend counts the request of an authenticated caller, or of whom it brings along, in
 // the window that it belongs to, and where month isn't empty for its client's quota;
 // counted says whether the latter has to be given back if nothing comes of it. A quota
-// that Redis doesn't know is counted from the audit log.
+// that Redis doesn't know is counted from the audit log. With that the proof that came
+// along is used up.
 func (s *server) spend(r *request, c caller, window, month string) (counted bool, err error) {
-	owner, limit, quota := window+c.AgentID, *cmp.Or(c.RateLimit, &s.cfg.rateLimit), s.quotaOf(c)
-	v := s.admit(r.Context(), owner, limit, month, quota, -1)
+	owner, limit, quota, proof := window+c.AgentID, *cmp.Or(c.RateLimit, &s.cfg.rateLimit), s.quotaOf(c), r.caller.proof
+	v := s.admit(r.Context(), owner, limit, month, quota, -1, proof)
 	if v.state == "uncounted" {
 		var n int64
 		err = s.db.QueryRow(r.Context(), `
@@ -135,10 +132,17 @@ func (s *server) spend(r *request, c caller, window, month string) (counted bool
 		if err != nil {
 			return false, fmt.Errorf("counting this month's tokens: %w", err)
 		}
-		v = s.admit(r.Context(), owner, limit, month, quota, n)
+		v = s.admit(r.Context(), owner, limit, month, quota, n, proof)
 	}
 	v.setHeaders(r.out)
+	if v.state == "unlimited" && proof.key() != "" {
+		if v.state, err = s.storeProof(r.Context(), proof); err != nil {
+			return false, err
+		}
+	}
 	switch v.state {
+	case "used":
+		return false, proof.again
 	case "limited":
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="client"`)
 		return false, errRateLimited

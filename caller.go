@@ -29,6 +29,7 @@ type caller struct {
 	scopes    []string       // of the token, or all of the agent's where it showed a credential
 	expiresAt *moment        // of the credential shown
 	use       use            // of the assertion that it showed, if that is good once
+	proof     shownProof     // that its token, or the one that it asks for, is its own
 	proved    map[string]any // what an event says of that
 	kind      string         // of the credential of a token
 	row       uint32         // the agent's as it was read, PostgreSQL's xmin; of a token 0

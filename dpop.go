@@ -13,22 +13,12 @@ import (
 // A token may be bound to a key, so that only its holder can use it (DPoP, RFC 9449):
 // with each request comes a proof, which that key has signed for this request alone.
 
-const (
-	proofPast   = 60 * time.Second // that a proof is good after its iat; before it clockSkew
-	proofMemory = 90 * time.Second // that its jti is known for at least: longer than it is good
-)
+const proofPast = 60 * time.Second // that a proof is good after its iat; before it clockSkew
 
-// A shownProof is what a request proves: that it comes from who holds a key.
-type shownProof struct {
-	thumbprint string // of the key; "" where there is no proof
-	jti        string
-	end        time.Time
-}
-
-// openProof returns the proof of a request, which shows this token or "" (RFC 9449, section
-// 4.3). It fails with a flaw. Its htu is compared with the URL that ISSUER makes, since
-// the client writes the Host.
-func (s *server) openProof(r *request, token string) (p shownProof, err error) {
+// openProof returns the proof of a request, which shows this token that is bound to this key,
+// or asks for one and both are "" (RFC 9449, section 4.3). It fails with a flaw. Its htu is
+// compared with the URL that ISSUER makes, since the client writes the Host.
+func (s *server) openProof(r *request, token, bound string) (p shownProof, err error) {
 	values := r.Header.Values("DPoP")
 	if len(values) == 0 {
 		return p, nil
@@ -55,17 +45,19 @@ func (s *server) openProof(r *request, token string) (p shownProof, err error) {
 		return p, flaw("must have as its ath the SHA-256 of the token, in base64url")
 	}
 	members, _ := a.header["jwk"].(map[string]any)
-	if members != nil && members["alg"] == nil {
-		members["alg"] = a.alg
-	}
 	key, err := readJWK(members)
+	if members["alg"] == nil && key.Kty == "RSA" && a.alg == "PS256" { // a key that doesn't say is for both
+		key.Alg = a.alg
+	}
 	switch {
 	case err != nil:
 		return p, flaw("must have in its header the jwk of the key that has signed it, which " + err.Error())
+	case bound != "" && key.thumbprint() != bound: // as if there were none
+		return p, nil
 	case !key.verifies(a):
 		return p, flaw("must be signed by the key of its jwk, by one of " + strings.Join(assertionAlgs, ", "))
 	}
-	return shownProof{key.thumbprint(), a.id, time.Unix(int64(iat), 0).Add(proofPast)}, nil
+	return shownProof{key.thumbprint(), a.id, time.Unix(int64(iat), 0).Add(proofPast), nil}, nil
 }
 
 // isURL tells whether these are one URL, but for a query and a fragment (RFC 9449, section
@@ -83,30 +75,21 @@ func isURL(htu any, want string) bool {
 	return plain(htu) == plain(want)
 }
 
-// once refuses a proof that was used before on any copy. Redis remembers it as a window of
-// one; where it can't be asked PostgreSQL does. Of what Redis forgets, and where it is lost
-// in between, a proof may be used again until it is too old.
-func (s *server) once(ctx context.Context, p shownProof) error {
-	if p.thumbprint == "" {
-		return nil
-	}
-	sum := sha256.Sum256([]byte(p.thumbprint + p.jti)) // the first is of fixed length
-	reply, err := s.redis.ask(ctx, admitScript, nil, "proof:"+b64.EncodeToString(sum[:]), 1, 0, 0, 0, proofMemory.Milliseconds())
-	used := err == nil && len(reply) == 4 && reply[0] == "limited"
+// storeProof has PostgreSQL remember a proof where Redis can't be asked. What only one of them
+// knows may be used once more, until it is too old.
+func (s *server) storeProof(ctx context.Context, p shownProof) (state string, err error) {
+	sum := p.digest()
+	stored, err := s.db.Exec(ctx, `
+		insert into token_revocations (jti, expires_at)
+		values ($1, $2)
+		on conflict (jti) do nothing`, uuid([16]byte(sum[:16]), 8), p.end.Add(clockTrust+time.Minute))
 	if err != nil {
-		stored, err := s.db.Exec(ctx, `
-			insert into token_revocations (jti, expires_at)
-			values ($1, $2)
-			on conflict (jti) do nothing`, uuid([16]byte(sum[:16]), 8), p.end.Add(clockTrust+time.Minute))
-		if err != nil {
-			return fmt.Errorf("storing a proof: %w", err)
-		}
-		used = stored.RowsAffected() == 0
+		return "", fmt.Errorf("storing a proof: %w", err)
 	}
-	if used {
-		return replayed
+	if stored.RowsAffected() == 0 {
+		return "used", nil
 	}
-	return nil
+	return "unlimited", nil
 }
 
 // prove refuses a bound token without a proof by its key, and another one behind DPoP.
@@ -120,9 +103,10 @@ func (s *server) prove(r *request, token string, c claims) (p shownProof, err er
 	case !r.presents("DPoP"):
 		return p, errUnproved.because("This is a token that is bound to a key; it goes behind DPoP, with a proof beside it.")
 	}
-	if p, err = s.openProof(r, token); err == nil && p.thumbprint != key {
+	if p, err = s.openProof(r, token, key); err == nil && p.thumbprint != key {
 		err = flaw("must be there, in the header DPoP, and by the key that the token is bound to")
 	}
+	p.again = sayOfProof(errWrongProof, replayed)
 	return p, sayOfProof(errWrongProof, err)
 }
 

@@ -39,7 +39,7 @@ var (
 	errNoRedirect = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_response_type", message: "There is no authorization endpoint here; agents use grant_type=client_credentials at POST /api/v1/token."}
 	errRetention  = &problem{status: 400, code: "RETENTION_WINDOW_EXCEEDED", message: "The audit log is not served that far back; details.oldest is the limit."}
 
-	errNoToken        = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The header Authorization: Bearer TOKEN is needed, with a token from POST /api/v1/token; not in the URL, and by no other scheme."}
+	errNoToken        = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The header Authorization: Bearer TOKEN is needed, or DPoP TOKEN for one that is bound to a key, with a token from POST /api/v1/token; not in the URL, and by no other scheme."}
 	errInvalidToken   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is revoked, or its credential or agent is."}
 	errUnproved       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is bound to a key.", bound: true}
 	errWrongProof     = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_dpop_proof", message: "The DPoP proof is not right.", bound: true}

@@ -42,7 +42,7 @@ func (s *server) checkExchange(r *request) (g grant, err error) {
 		return g, err
 	}
 	r.tells = facts{"subject": subject.Subject, "subjectJti": subject.ID}
-	g = grant{client: r.caller, subject: subject.Subject, needs: subject.origins(), chain: subject.origins(), end: subject.Expires, bound: subject.boundTo()}
+	g = grant{client: r.caller, subject: subject.Subject, chain: subject.origins(), end: subject.Expires, bound: subject.boundTo()}
 	limits := [][]string{strings.Fields(subject.Scope)}
 	if r.form.Get("actor_token") != "" {
 		worker, err := s.readParty(r, "actor_token")
@@ -59,7 +59,10 @@ func (s *server) checkExchange(r *request) (g grant, err error) {
 			return g, err
 		}
 		r.tells["actor"], g.isBrought, g.key = worker.ClientID, true, worker.boundTo()
-		g.needs, g.chain = append(g.needs, worker.origin()), append(g.chain, origin{TokenID: worker.ID}) // the credential is the new token's
+		g.chain, g.needs = append(g.chain, origin{TokenID: worker.ID}), []origin{worker.origin()} // its credential is the new token's
+		if !slices.ContainsFunc(g.chain, func(o origin) bool { return o.CredentialID == r.caller.CredentialID }) {
+			g.chain = append(g.chain, origin{CredentialID: r.caller.CredentialID, SecretID: r.caller.SecretID})
+		}
 		g.end, limits = min(g.end, worker.Expires), append(limits, strings.Fields(worker.Scope))
 	}
 	if g.actor, err = handOn(subject, g.client.AgentID); err != nil {
@@ -99,11 +102,12 @@ func checkExchangeForm(form url.Values) error {
 
 // bind decides to which key a token is bound: that of the proof; or where a worker's token
 // was brought along, that of this one. No binding is dropped by an exchange.
-func (s *server) bind(r *request, g *grant) (err error) {
-	if g.proof, err = s.openProof(r, ""); err != nil {
+func (s *server) bind(r *request, g *grant) error {
+	proof, err := s.openProof(r, "", "")
+	if err != nil {
 		return err
 	}
-	shown := g.proof.thumbprint
+	shown := proof.thumbprint
 	needed := shown != "" || g.bound != "" || g.proofRequired || g.client.ProofRequired
 	if !g.isBrought {
 		g.key = shown
@@ -116,6 +120,8 @@ func (s *server) bind(r *request, g *grant) (err error) {
 	case needed && g.key == "":
 		return flaw("must be there, in the header DPoP: an agent has proofRequired, or the subject_token is bound to a key")
 	}
+	proof.again = sayOfProof(errProof, replayed)
+	r.caller.proof = proof
 	return nil
 }
 
@@ -169,6 +175,9 @@ func exchangeScope(asked string, lists [][]string) (string, error) {
 	mayNot := func(scope string) bool {
 		lacks := func(list []string) bool { return !covers(list, scope) }
 		return slices.ContainsFunc(lists, lacks) || slices.Contains(ourScopes, scope)
+	}
+	if len(asked) > maxScope {
+		return "", errScope.because("The scopes are too long together; ask for fewer, or for resource:*.")
 	}
 	granted := slices.DeleteFunc(slices.Concat(lists...), mayNot)
 	if asked != "" {

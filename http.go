@@ -238,7 +238,11 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 			err = s.checkAlive(ctx, &r.caller)
 		}
 	}
-	return body, s.recordRefusal(r, err)
+	err = s.recordRefusal(r, err)
+	if p, isProblem := errors.AsType[*problem](err); err != nil && (!isProblem || p.status == http.StatusServiceUnavailable) && (rt.form == oauth || rt.records == "") {
+		s.redis.giveBack(ctx, r.caller.proof.key()) // it may be sent again as it is
+	}
+	return body, err
 }
 
 // parseForm reads the form of a token endpoint. Parameters count only in the

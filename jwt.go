@@ -80,9 +80,9 @@ type actor struct {
 // name the agents, it has its ids, and no credential where another link has that.
 type origin struct {
 	AgentID      string `json:"-"`
-	CredentialID string `json:"credential_id,omitempty"`
-	SecretID     string `json:"secret_id,omitempty"` // changes when the credential is rotated
-	TokenID      string `json:"jti,omitempty"`       // of a client ""
+	CredentialID string `json:"cred,omitempty"`
+	SecretID     string `json:"secret,omitempty"` // changes when the credential is rotated
+	TokenID      string `json:"jti,omitempty"`    // of a client ""
 }
 
 func (c claims) origin() origin { return origin{c.ClientID, c.CredentialID, c.SecretID, c.ID} }

@@ -90,7 +90,7 @@ func (s *server) probe(ctx context.Context) error {
 // and for a quota.
 func (s *server) keepRedis(ctx context.Context) error {
 	begun := time.Now()
-	err := admitScript.Run(ctx, s.redis, []string{"monthly:keeper"}, "keeper", math.MaxInt32, math.MaxInt32, 0, begun.Add(time.Hour).UnixMilli(), time.Minute.Milliseconds()).Err()
+	err := admitScript.Run(ctx, s.redis, []string{"monthly:keeper"}, "keeper", math.MaxInt32, math.MaxInt32, 0, begun.Add(time.Hour).UnixMilli(), "", 0).Err()
 	s.meter.asked(`store="redis"`, begun, err)
 	if err != nil { // it is lost once it has not counted for a second: one slow answer must not switch the limits off
 		return fmt.Errorf("counting in Redis: %w", errors.Join(s.redis.denied(ctx), err))

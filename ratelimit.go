@@ -38,31 +38,34 @@ const (
 //
 // The key is the monthly counter, if there is one. ARGV are the owner of the window, its
 // limit, the monthly quota, what PostgreSQL counted of it so far (-1: not asked),
-// when the month ends, and how long a window is, in milliseconds. A limit of 0 is none.
+// when the month ends; and the key of a proof or "", and how long that is remembered, in
+// milliseconds. A limit of 0 is none.
 //
 // The clock is Redis's own. Window and expiry are set in one script, so that
 // no crash leaves a counter that never ends. What is refused is not counted,
 // except a request that finds the quota spent.
 var admitScript = redis.NewScript(`
-local limit, quota, seed, length = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[6])
+local limit, quota, seed, proof = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), ARGV[6]
+if proof ~= '' and tonumber(redis.call('GET', proof) or 0) > 0 then return {'used', 0, 0, 0} end
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local window, elapsed = math.floor(now / length), now % length
+local window, elapsed = math.floor(now / 60000), now % 60000
 local key = 'rate:' .. ARGV[1] .. ':'
 local current, previous = 0, 0
 if limit > 0 then
 	current = tonumber(redis.call('GET', key .. window) or 0)
 	previous = tonumber(redis.call('GET', key .. window - 1) or 0)
-	if previous * (length - elapsed) / length + current + 1 > limit then
+	if previous * (60000 - elapsed) / 60000 + current + 1 > limit then
 		return {'limited', previous, current, now}
 	end
 end
 local used = quota > 0 and tonumber(redis.call('GET', KEYS[1]) or seed) or 0
 if used < 0 then used = seed end -- 0.1.0 left such
 if used < 0 then return {'uncounted', 0, 0, 0} end
+if proof ~= '' then redis.call('SET', proof, 1, 'PX', ARGV[7]) end
 if limit > 0 then
 	current = redis.call('INCR', key .. window)
-	redis.call('PEXPIRE', key .. window, 2 * length)
+	redis.call('PEXPIRE', key .. window, 120000)
 end
 if quota > 0 then
 	if used >= quota then return {'spent', previous, current, now} end
@@ -70,9 +73,31 @@ if quota > 0 then
 end
 return {'admitted', previous, current, now}`)
 
+// A shownProof says that a request comes from who holds a key (dpop.go). It is good once.
+type shownProof struct {
+	thumbprint string // of the key; "" where there is no proof
+	jti        string
+	end        time.Time
+	again      error // what a second one is told
+}
+
+const proofMemory = 90 * time.Second // that a proof is known for: longer than it is good
+
+// digest is of what tells proofs apart.
+func (p shownProof) digest() [sha256.Size]byte { return sha256.Sum256([]byte(p.thumbprint + p.jti)) } // the first is of fixed length
+
+// key is where Redis remembers it, or "" where there is none.
+func (p shownProof) key() string {
+	if p.thumbprint == "" {
+		return ""
+	}
+	sum := p.digest()
+	return "rate:proof:" + b64.EncodeToString(sum[:])
+}
+
 // A verdict is what Redis says of a request.
 type verdict struct {
-	state             string // admitted, limited, spent, uncounted; unlimited without Redis
+	state             string // admitted, limited, spent, uncounted, used (of a proof); unlimited without Redis
 	limit             int64  // requests a minute; 0 is none
 	previous, current int64  // requests of the last minute and of this one
 	now               int64  // Redis's clock, in milliseconds since 1970
@@ -86,18 +111,19 @@ type refusal struct {
 
 // admit asks admitScript. Owner is a window of a client, or "ip:" and an
 // address; month is the quota's counter, "" for none; counted is what PostgreSQL
-// knows of it. Limit is that of the window, and quota that of the month.
-func (s *server) admit(ctx context.Context, owner string, limit int, month string, quota int, counted int64) verdict {
+// knows of it. Limit is that of the window, and quota that of the month. A proof that is
+// there is good once, and is used up only where the request is counted.
+func (s *server) admit(ctx context.Context, owner string, limit int, month string, quota int, counted int64, proof shownProof) verdict {
 	keys := []string{month}
 	if month == "" {
 		quota, keys = 0, nil
 	}
 	v := verdict{state: "unlimited"}
-	if limit == 0 && quota == 0 {
+	if limit == 0 && quota == 0 && proof.key() == "" {
 		return v
 	}
 	reply, err := s.redis.ask(ctx, admitScript, keys,
-		owner, limit, quota, counted, nextMonth(s.now()).Add(24*time.Hour).UnixMilli(), time.Minute.Milliseconds())
+		owner, limit, quota, counted, nextMonth(s.now()).Add(24*time.Hour).UnixMilli(), proof.key(), proofMemory.Milliseconds())
 	if err == nil && len(reply) == 4 {
 		v.limit = int64(limit)
 		v.state, _ = reply[0].(string)
@@ -111,7 +137,7 @@ func (s *server) admit(ctx context.Context, owner string, limit int, month strin
 // admitFailure counts a failed authentication of an address, or refuses where there
 // were too many, with headers in out.
 func (s *server) admitFailure(ctx context.Context, address string, out http.Header) (v verdict, err error) {
-	if v = s.admit(ctx, address, s.cfg.rateLimit, "", 0, 0); v.state == "limited" {
+	if v = s.admit(ctx, address, s.cfg.rateLimit, "", 0, 0, shownProof{}); v.state == "limited" {
 		v.setHeaders(out)
 		s.limited.put(sha256.Sum256([]byte(address)), refusal{v, time.Now().Add(time.Duration(v.wait()) * time.Second)})
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="address"`)
@@ -366,5 +392,8 @@ return {}`)
 // giveBack uncounts what did not come about. Where that fails, one less is left
 // until the window ends.
 func (c *cache) giveBack(ctx context.Context, key string) {
+	if key == "" {
+		return
+	}
 	_, _ = c.ask(context.WithoutCancel(ctx), giveBackScript, []string{key})
 }

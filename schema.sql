@@ -44,7 +44,7 @@ create index if not exists audit_events_actor_id on audit_events (actor_id, seq)
 create index if not exists audit_events_tokens on audit_events (seq) where action = 'token.issued';
 create index if not exists audit_events_action on audit_events (action, seq) where action <> 'token.issued';
 create index if not exists audit_events_failure on audit_events (seq) where outcome = 'failure';
--- Since version 5: what was got in somebody's name.
+-- Since version 6: what was got in somebody's name.
 create index if not exists audit_events_subject on audit_events ((metadata ->> 'subject'), seq)
     where metadata ->> 'subject' is not null;
 ---
@@ -77,7 +77,7 @@ begin
             add column monthly_token_limit int check (monthly_token_limit >= 0),
             add column token_ttl int check (token_ttl > 0); -- seconds
     end if;
-    -- Since version 5: who may act for it by token exchange; and whether its tokens are
+    -- Since version 6: who may act for it by token exchange; and whether its tokens are
     -- bound to a key.
     if not exists (select from pg_attribute where attrelid = 'agents'::regclass and attname = 'proof_required') then
         alter table agents

@@ -28,10 +28,9 @@ type grant struct {
 	rows     map[string]uint32 // of the agents that it was decided by, as they were read
 	actor    *actor            // of one that acts for another, as all that follows
 	chain    []origin          // the tokens that it comes from
-	needs    []origin          // what must be alive beside the caller
+	needs    []origin          // what must be alive beside that and the caller
 	end      int64             // seconds since 1970, which it must not outlive; 0 is none
 
-	proof         shownProof
 	key           string // the thumbprint of the one that it is bound to; "" is none
 	bound         string // that of a token which it comes from
 	isBrought     bool   // by a token of its client that another brings along, of which key is
@@ -52,19 +51,18 @@ func (s *server) issue(r *request, g grant, bad error) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err = bad; err == nil {
-		err = sayOfProof(errProof, s.once(r.Context(), g.proof))
-	}
-	if err != nil {
-		if counted {
-			s.redis.giveBack(r.Context(), month)
-		}
-		return nil, err
+	if bad != nil {
+		return nil, bad
 	}
 	c := s.claimsOf(g, now)
 	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": c.Scope, "exp": c.Expires}
+	asked := f // of whom that is who has proved it
+	if c.ClientID != r.caller.AgentID {
+		asked = facts{"agentId": r.caller.AgentID, "credentialId": r.caller.CredentialID}
+		f["requestedBy"] = asked
+	}
 	if r.caller.proved != nil {
-		f["workload"] = r.caller.proved
+		asked["workload"] = r.caller.proved
 	}
 	if c.Audience[0] != s.cfg.issuer || len(c.Audience) > 1 {
 		f["aud"] = c.Audience
@@ -76,10 +74,8 @@ func (s *server) issue(r *request, g grant, bad error) (any, error) {
 		f["subject"], f["act"], f["chain"] = c.Subject, c.Actor, c.Chain
 	}
 	e := newEvent(tokenIssued, c.ClientID, f)
-	if c.ClientID != r.caller.AgentID {
-		f["requestedBy"], e.ActorID = r.caller.AgentID, e.AgentID
-	}
-	stored := s.record(r, entry{event: e, needs: append([]origin{r.caller.origin}, g.needs...), rows: g.rows}) // goes on while we sign
+	e.ActorID = e.AgentID
+	stored := s.record(r, entry{event: e, needs: slices.Concat([]origin{r.caller.origin}, g.needs, g.chain), rows: g.rows}) // goes on while we sign
 	token, err := s.keys.Load().sign(accessToken, c)
 	if _, storeErr := stored(); storeErr != nil || err != nil {
 		if counted {

@@ -788,7 +788,7 @@ func TestDelegationPageCanBePasted(t *testing.T) {
 		"ORCHESTRATOR="+orchestrator+":"+given, "WORKER="+worker+":"+secret, "CHECKER="+v.id+":"+v.secret)
 	const answered = `\{"access_token":"eyJ[^"]*","issued_token_type":"urn:ietf:params:oauth:token-type:access_token",.*"scope":"resumes:read"\}`
 	want := regexp.MustCompile(`^\{"agentId":"` + orchestrator + `",.*"delegates":\["` + worker + `"\].*\}\n` + answered + `\n` +
-		`\{"active":true,.*"sub":"` + orchestrator + `",.*"client_id":"` + worker + `",.*"act":\{"sub":"` + worker + `"\},"chain":\[\{"credential_id":".*\}\]\}\n` +
+		`\{"active":true,.*"sub":"` + orchestrator + `",.*"client_id":"` + worker + `",.*"act":\{"sub":"` + worker + `"\},"chain":\[\{"cred":".*\}\]\}\n` +
 		`\{\}\n\{"active":false\}\n` + answered + `\n$`)
 	if out, err := cmd.CombinedOutput(); err != nil || len(blocks) != 6 || !want.Match(out) {
 		t.Fatalf("delegation.md has %d blocks, which print %s, %v, want %s", len(blocks), out, err, want)

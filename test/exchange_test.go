@@ -427,6 +427,38 @@ func TestExchangeByKeysAndWorkloads(t *testing.T) {
 	}
 }
 
+// By which credential somebody asks that brings its worker's token is a link too, and in the log.
+func TestExchangeDiesWithTheCredentialByWhichItWasAsked(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h}, nil))
+	w := v.another()
+	a, b := v.newParty("a:b"), v.newParty("a:b")
+	v.delegate(a, b)
+	second := party{id: a.id}
+	second.credentialID, second.secret = v.quickCredential(a.id)
+	bound := v.want(v.bind(a.id, cluster, screener, nil), 201, "").text("credentialId")
+	token, own := v.tokenFor(a, ""), v.tokenFor(b, "")
+	more := withActor(own, "resource", work)
+	same, other := v.exchanged(a, token, more...), v.exchanged(second, token, more...)
+	pairs := append([]string{"grant_type", exchangeGrant, "subject_token", token, "subject_token_type", accessTokenType}, more...)
+	vouched := v.want(v.byAssertion("", h.vouch(v.workloadClaims(cluster, screener)), pairs...), 200, "").text("access_token")
+	for credentialID, said := range map[string]string{second.credentialID: "", bound: `"workload":{"issuer":"` + cluster} {
+		if n := v.count(`select count(*) from audit_events where action = 'token.issued' and agent_id = $1 and metadata -> 'requestedBy' ->> 'credentialId' = $2
+			and metadata ->> 'credentialId' = $3 and (metadata -> 'requestedBy')::text like '%' || $4 || '%' and metadata -> 'workload' is null`, b.id, credentialID, b.credentialID, said); n != 1 {
+			t.Errorf("%d events say that it was asked for by the credential %s, want one", n, credentialID)
+		}
+	}
+	v.want(w.api(v.bearer, "DELETE", "/credentials?workloadIssuer="+url.QueryEscape(cluster), ""), 204, "")
+	if v.active(vouched) || !v.active(other) {
+		t.Error("a token that was asked for by a workload outlives its issuer, or another one doesn't")
+	}
+	v.want(w.api(v.bearer, "DELETE", "/agents/"+a.id+"/credentials/"+second.credentialID, ""), 204, "")
+	if v.active(other) || w.active(other) || !v.active(same) {
+		t.Error("a token outlives the credential by which it was asked for, or another one doesn't")
+	}
+}
+
 // forUs is an exchanged token as we issue none: for us, with our scopes.
 func (v *service) forUs(token string) string {
 	v.t.Helper()
@@ -969,7 +1001,7 @@ func TestExchangeCountsAndIsRecordedAsTheWorkers(t *testing.T) {
 	}
 	v.want(v.api(v.bearer, "GET", "/audit?subjectId=x", ""), 400, "VALIDATION_ERROR")
 	e = v.audit("agentId=" + b.id + "&action=token.issued&limit=1").Data[0]
-	if e.ActorID == nil || *e.ActorID != b.id || !strings.Contains(string(e.Metadata), `"requestedBy":"`+a.id+`"`) || !strings.Contains(string(e.Metadata), readClaims(t, own).ID) || !strings.Contains(string(e.Metadata), readClaims(t, token).ID) {
+	if e.ActorID == nil || *e.ActorID != b.id || !strings.Contains(string(e.Metadata), `"requestedBy":{"agentId":"`+a.id+`","credentialId":"`+a.credentialID+`"}`) || !strings.Contains(string(e.Metadata), readClaims(t, own).ID) || !strings.Contains(string(e.Metadata), readClaims(t, token).ID) {
 		t.Errorf("the event of a token that its subject fetched says %s, actor %v", e.Metadata, e.ActorID)
 	}
 
@@ -1009,6 +1041,15 @@ func TestExchangedTokenStaysSmall(t *testing.T) {
 		parties = append(parties, v.newParty("resumes:read", "resumes:score"))
 	}
 	v.delegate(parties[0], parties[1:]...)
+	h := newHolder(t, "ES256")
+	token := v.boundToken(parties[0], h, "")
+	for i, p := range parties[1:] { // and each bound to a key
+		form := exchangeForm(token, withActor(v.boundToken(p, h, ""), "resource", work)...)
+		token = v.wantBound(v.proves(parties[i], form.Encode(), v.proof(h, "POST", tokenPath, "")), h)
+	}
+	if len(token) > 2048 {
+		t.Errorf("a token of depth 3 that is bound to a key has %d bytes, want 2 kB at most", len(token))
+	}
 	for name, brought := range map[string]bool{"by the workers": false, "by the subjects": true} {
 		token := v.tokenFor(parties[0], "")
 		for i, p := range parties[1:] {

@@ -157,7 +157,8 @@ func TestIncidentDrill(t *testing.T) {
 	concerns := func(e servedEvent) bool { return e.AgentID != nil && *e.AgentID == id }
 	did := func(e servedEvent) bool { return e.ActorID != nil && *e.ActorID == id }
 	gave := func(e servedEvent) bool {
-		return e.Action == tokenIssued && e.ActorID != nil && *e.ActorID == otherID && strings.Contains(string(e.Metadata), `"chain":[{"client_id":"`+id+`"`)
+		said := string(e.Metadata)
+		return e.Action == tokenIssued && (strings.Contains(said, `"subject":"`+id+`"`) || strings.Contains(said, `"act":{"sub":"`+otherID+`","act":{"sub":"`+id+`"`))
 	}
 	all := func(servedEvent) bool { return true }
 	state := p.stateOf()

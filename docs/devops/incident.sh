@@ -210,7 +210,10 @@ fi
 sed -n "/\"actorId\":\"$AGENT_ID\"/p" "$dir/log.jsonl" >"$dir/did.jsonl"
 note "what the agent itself did, also to others:"
 summary "$dir/did.jsonl"
-sed -n "/\"action\":\"token.issued\".*\"chain\":.*\"client_id\":\"$AGENT_ID\"/p" "$dir/log.jsonl" >"$dir/handed.jsonl"
+sed -n "/\"action\":\"token.issued\",\"outcome\":\"success\"/{
+/\"subject\":\"$AGENT_ID\"/p
+/\"act\":{\"sub\":\"[^\"]*\",\"act\":.*\"sub\":\"$AGENT_ID\"/p
+}" "$dir/log.jsonl" >"$dir/handed.jsonl"
 note "who got tokens by what it handed out:"
 summary "$dir/handed.jsonl"
 sed -n 's/.*"actorId":"\([^"]*\)".*"subject":"\([^"]*\)".*/\1 in the name of \2/p' "$dir/handed.jsonl" | sort | uniq -c |
