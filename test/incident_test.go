@@ -130,7 +130,7 @@ var oneEvent = regexp.MustCompile(`1 of agent.created success from 127.0.0.1\n +
 
 func TestIncidentDrill(t *testing.T) {
 	t.Parallel()
-	p := newProgram(t, newPostgres(t).url(), newRedisServer(t).url())
+	p := newProgram(t, newPostgres(t).url(), newRedisServer(t).url(), "RATE_LIMIT_PER_MINUTE", "1000") // or it waits for the next minute
 	q, stranger := p.another(), p.another("ISSUER", "http://another.test")
 	d := newDrill(p)
 	id, secret := p.newClient("agents:read", "credentials:write", "resumes:read")
