@@ -163,7 +163,7 @@ func (s *server) recordRefusal(r *request, err error) error {
 			return err
 		}
 	}
-	if !ok || rt.records == "" || r.caller.AgentID == "" ||
+	if !ok || p.bound || rt.records == "" || r.caller.AgentID == "" || // of bound it isn't proved who asked
 		!slices.Contains([]int{http.StatusUnauthorized, http.StatusForbidden, http.StatusConflict}, p.status) {
 		return err
 	}

@@ -135,6 +135,7 @@ func (s *server) spend(r *request, c caller, window, month string) (counted bool
 		v = s.admit(r.Context(), owner, limit, month, quota, n, proof)
 	}
 	v.setHeaders(r.out)
+	r.caller.proof.kept = v.state == "admitted" || v.state == "spent"
 	if v.state == "unlimited" && proof.key() != "" {
 		if v.state, err = s.storeProof(r.Context(), proof); err != nil {
 			return false, err
@@ -142,7 +143,11 @@ func (s *server) spend(r *request, c caller, window, month string) (counted bool
 	}
 	switch v.state {
 	case "used":
-		return false, proof.again
+		r.caller.proof = shownProof{}
+		if r.caller.TokenID == "" { // a client, whose window nobody else spends
+			_, err = s.spend(r, r.caller, window, "")
+		}
+		return false, cmp.Or(err, proof.again)
 	case "limited":
 		s.meter.add(1, "agentidp_limit_rejections_total", `limit="client"`)
 		return false, errRateLimited

@@ -57,7 +57,7 @@ func (s *server) openProof(r *request, token, bound string) (p shownProof, err e
 	case !key.verifies(a):
 		return p, flaw("must be signed by the key of its jwk, by one of " + strings.Join(assertionAlgs, ", "))
 	}
-	return shownProof{key.thumbprint(), a.id, time.Unix(int64(iat), 0).Add(proofPast), nil}, nil
+	return shownProof{key.thumbprint(), a.id, time.Unix(int64(iat), 0).Add(proofPast), nil, false}, nil
 }
 
 // isURL tells whether these are one URL, but for a query and a fragment (RFC 9449, section

@@ -63,6 +63,9 @@ func (s *server) checkExchange(r *request) (g grant, err error) {
 		if !slices.ContainsFunc(g.chain, func(o origin) bool { return o.CredentialID == r.caller.CredentialID }) {
 			g.chain = append(g.chain, origin{CredentialID: r.caller.CredentialID, SecretID: r.caller.SecretID})
 		}
+		if end := r.caller.expiresAt; end != nil {
+			g.end = min(g.end, end.Unix())
+		}
 		g.end, limits = min(g.end, worker.Expires), append(limits, strings.Fields(worker.Scope))
 	}
 	if g.actor, err = handOn(subject, g.client.AgentID); err != nil {
@@ -179,18 +182,19 @@ func exchangeScope(asked string, lists [][]string) (string, error) {
 	if len(asked) > maxScope {
 		return "", errScope.because("The scopes are too long together; ask for fewer, or for resource:*.")
 	}
-	granted := slices.DeleteFunc(slices.Concat(lists...), mayNot)
-	if asked != "" {
-		granted = strings.Split(asked, " ")
+	granted := strings.Split(asked, " ")
+	if asked == "" {
+		granted = slices.DeleteFunc(slices.Concat(lists...), mayNot)
 	}
+	slices.Sort(granted)
+	granted = slices.Compact(granted)
 	if slices.ContainsFunc(granted, mayNot) { // and what is no name
 		return "", errScope.because("The scope must be names separated by single spaces, each of the tokens' and of the worker's capabilities, and none of AgentIdP's own; it was '" + clip(asked) + "'.")
 	}
 	if len(granted) == 0 {
 		return "", errScope.because("The tokens and the worker's capabilities have nothing in common that can be handed on.")
 	}
-	slices.Sort(granted)
-	scope := strings.Join(slices.Compact(granted), " ")
+	scope := strings.Join(granted, " ")
 	if len(scope) > maxScope {
 		return "", errScope.because("The scopes are too long together; ask for fewer, or for resource:*.")
 	}

@@ -239,7 +239,8 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 		}
 	}
 	err = s.recordRefusal(r, err)
-	if p, isProblem := errors.AsType[*problem](err); err != nil && (!isProblem || p.status == http.StatusServiceUnavailable) && (rt.form == oauth || rt.records == "") {
+	p, isProblem := errors.AsType[*problem](err)
+	if isFault := err != nil && (!isProblem || p.status == http.StatusServiceUnavailable); isFault && r.caller.proof.kept && (rt.form == oauth || rt.records == "") {
 		s.redis.giveBack(ctx, r.caller.proof.key()) // it may be sent again as it is
 	}
 	return body, err

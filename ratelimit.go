@@ -79,6 +79,7 @@ type shownProof struct {
 	jti        string
 	end        time.Time
 	again      error // what a second one is told
+	kept       bool  // by Redis, with the count of this request
 }
 
 const proofMemory = 90 * time.Second // that a proof is known for: longer than it is good
@@ -392,8 +393,5 @@ return {}`)
 // giveBack uncounts what did not come about. Where that fails, one less is left
 // until the window ends.
 func (c *cache) giveBack(ctx context.Context, key string) {
-	if key == "" {
-		return
-	}
 	_, _ = c.ask(context.WithoutCancel(ctx), giveBackScript, []string{key})
 }

@@ -1847,3 +1847,51 @@ func TestProofOfARequestThatMetAFaultIsGood(t *testing.T) {
 	w.wantBound(w.proves(p, plainGrant, proof), h)
 	v.want(v.proves(p, plainGrant, proof), 400, "invalid_dpop_proof")
 }
+
+// A proof that was used gives whoever has it nothing: no event, no more than the limit where a
+// client shows it, and no other use by a fault.
+func TestUsedProofIsGoodForNothing(t *testing.T) {
+	t.Parallel()
+	v := newService(t, "RATE_LIMIT_PER_MINUTE", "30")
+	p, h := v.newParty(append([]string{"a:b"}, ourScopes...)...), newHolder(t, "ES256")
+	token := v.boundToken(p, h, "")
+	for _, call := range []struct{ method, path, body string }{
+		{"POST", "/agents", "{}"}, {"PATCH", "/agents/" + v.id, "{}"}, {"DELETE", "/agents/" + p.id + "/credentials/" + p.id, ""},
+		{"POST", "/token/introspect", "token=x"}, {"POST", "/token/revoke", "token=x"},
+	} {
+		proof := v.proof(h, call.method, "/api/v1"+call.path, token)
+		v.byProof("DPoP", token, call.method, call.path, call.body, proof)
+		before := v.count(`select max(seq) from audit_events`)
+		for range 40 {
+			if a := v.byProof("DPoP", token, call.method, call.path, call.body, proof); a.status != 401 {
+				t.Fatalf("%s %s: a used proof is answered %v", call.method, call.path, a)
+			}
+		}
+		if n := v.count(`select max(seq) from audit_events`); n != before {
+			t.Errorf("%s %s: used proofs leave %d events", call.method, call.path, n-before)
+		}
+	}
+	// That of an introspection stays used, whatever becomes of the next request with it.
+	proof := v.proof(h, "POST", "/api/v1/token/introspect", token)
+	v.want(v.byProof("DPoP", token, "POST", "/token/introspect", "token=x", proof), 200, "")
+	tx := v.lockChain()
+	v.want(v.byProof("DPoP", token, "POST", "/token/introspect", "token=x", proof), 401, "invalid_dpop_proof")
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	v.want(v.byProof("DPoP", token, "POST", "/token/introspect", "token=x", proof), 401, "invalid_dpop_proof")
+
+	// A client's requests count, each with another assertion too.
+	id, _, key := v.newKeyClient("ES256", "a:b")
+	again := v.proof(h, "POST", tokenPath, "")
+	limited := 0
+	for range 80 {
+		form := url.Values{"grant_type": {"client_credentials"}, "client_assertion_type": {assertionType}, "client_assertion": {v.assertion(key, id)}}
+		if a := v.do("POST", tokenPath, form.Encode(), "Content-Type", formType, "DPoP", again); a.status == 429 {
+			limited++
+		}
+	}
+	if limited < 10 {
+		t.Errorf("of 80 requests with one proof %d were beyond the limit of 30", limited)
+	}
+}

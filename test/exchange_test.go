@@ -441,12 +441,17 @@ func TestExchangeDiesWithTheCredentialByWhichItWasAsked(t *testing.T) {
 	token, own := v.tokenFor(a, ""), v.tokenFor(b, "")
 	more := withActor(own, "resource", work)
 	same, other := v.exchanged(a, token, more...), v.exchanged(second, token, more...)
+	v.setExpiry(second.credentialID, time.Now().Add(time.Minute))
+	if c := readClaims(t, v.exchanged(second, token, more...)); c.Expires-c.IssuedAt > 60 {
+		t.Errorf("it lives for %d s, longer than the credential by which it was asked for", c.Expires-c.IssuedAt)
+	}
+	v.exec(`update credentials set expires_at = null where credential_id = $1`, second.credentialID)
 	pairs := append([]string{"grant_type", exchangeGrant, "subject_token", token, "subject_token_type", accessTokenType}, more...)
 	vouched := v.want(v.byAssertion("", h.vouch(v.workloadClaims(cluster, screener)), pairs...), 200, "").text("access_token")
 	for credentialID, said := range map[string]string{second.credentialID: "", bound: `"workload":{"issuer":"` + cluster} {
 		if n := v.count(`select count(*) from audit_events where action = 'token.issued' and agent_id = $1 and metadata -> 'requestedBy' ->> 'credentialId' = $2
-			and metadata ->> 'credentialId' = $3 and (metadata -> 'requestedBy')::text like '%' || $4 || '%' and metadata -> 'workload' is null`, b.id, credentialID, b.credentialID, said); n != 1 {
-			t.Errorf("%d events say that it was asked for by the credential %s, want one", n, credentialID)
+			and metadata ->> 'credentialId' = $3 and (metadata -> 'requestedBy')::text like '%' || $4 || '%' and metadata -> 'workload' is null`, b.id, credentialID, b.credentialID, said); n != map[bool]int{true: 2, false: 1}[credentialID == second.credentialID] {
+			t.Errorf("%d events say that it was asked for by the credential %s", n, credentialID)
 		}
 	}
 	v.want(w.api(v.bearer, "DELETE", "/credentials?workloadIssuer="+url.QueryEscape(cluster), ""), 204, "")

@@ -216,7 +216,7 @@ sed -n "/\"action\":\"token.issued\",\"outcome\":\"success\"/{
 }" "$dir/log.jsonl" >"$dir/handed.jsonl"
 note "who got tokens by what it handed out:"
 summary "$dir/handed.jsonl"
-sed -n 's/.*"actorId":"\([^"]*\)".*"subject":"\([^"]*\)".*/\1 in the name of \2/p' "$dir/handed.jsonl" | sort | uniq -c |
+sed -n 's/.*"actorId":"\([^"]*\)".*"scope":"[^"]*","subject":"\([^"]*\)".*/\1 in the name of \2/p' "$dir/handed.jsonl" | sort | uniq -c |
 	while read -r count who; do note "$count by $who"; done
 
 step "has the end of the log verified, and keeps its checkpoint"
