@@ -247,23 +247,7 @@ func (s *server) authenticateByAssertion(r *request) error {
 		return err
 	}
 	defer leave()
-	var o client
-	issuers := *s.issuers.Load()
-	a, err := readAssertion(text)
-	switch trusted := issuers[a.issuer]; {
-	case err != nil:
-	case trusted != nil:
-		o, err = s.checkWorkload(r, trusted, a, asGrant)
-	case asGrant || kind == spiffeAssertion || len(issuers) > 0 && !isID(a.issuer):
-		err = flaw("must be of an issuer that is trusted here")
-	default:
-		o, err = s.checkAssertion(r, a)
-	}
-	if err == nil && o.use.id != "" {
-		if _, twice := s.inUse.LoadOrStore(o.use.id, true); twice { // on this copy, or it would spend the window of its client
-			err = replayed
-		}
-	}
+	o, err := s.clientOf(r, text, asGrant || kind == spiffeAssertion)
 	saying := func(f flaw) *problem { return bad.because("The " + name + " " + string(f) + ".") }
 	if fault, ok := errors.AsType[flaw](err); ok {
 		err = saying(fault)
@@ -285,6 +269,31 @@ func (s *server) authenticateByAssertion(r *request) error {
 		f["workload"] = o.proved
 	}
 	return s.refused(r, newEvent(authFailed, o.AgentID, f), why)
+}
+
+// clientOf finds whose assertion this is. Of copies that come at the same time this copy
+// of the program lets one in, before it looks up whether that was used: or another would
+// spend the window of its client.
+func (s *server) clientOf(r *request, text string, ofWorkload bool) (o client, err error) {
+	a, err := readAssertion(text)
+	if err != nil {
+		return o, err
+	}
+	issuers := *s.issuers.Load()
+	trusted := issuers[a.issuer]
+	if trusted == nil && (ofWorkload || len(issuers) > 0 && !isID(a.issuer)) {
+		return o, flaw("must be of an issuer that is trusted here")
+	}
+	if trusted == nil || trusted.SingleUse {
+		if _, twice := s.inUse.LoadOrStore(text, true); twice {
+			return o, replayed
+		}
+		r.inUse = text
+	}
+	if trusted != nil {
+		return s.checkWorkload(r, trusted, a, s.tradesAssertion(r))
+	}
+	return s.checkAssertion(r, a)
 }
 
 const maxInRoom = 16

@@ -38,6 +38,7 @@ type request struct {
 	body   []byte
 	form   url.Values // at the token endpoints
 	caller caller
+	inUse  string         // an assertion that it has shown, which is good once
 	tells  map[string]any // what the event of a refusal says, beside who and why
 }
 
@@ -227,7 +228,7 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), requestTimeout)
 	defer cancel()
 	r.Request = r.WithContext(ctx)
-	defer func() { s.inFlight.Add(-1); s.inUse.Delete(r.caller.use.id) }()
+	defer func() { s.inFlight.Add(-1); s.inUse.Delete(r.inUse) }()
 	if s.inFlight.Add(1) > maxInFlight {
 		return nil, errBusy
 	}

@@ -235,7 +235,7 @@ type server struct {
 	redis    *cache
 	vault    *vault
 	limited  memo[refusal] // of addresses, the last one
-	inUse    sync.Map      // ids of assertions by which something is asked just now
+	inUse    sync.Map      // assertions by which something is asked just now
 	rooms    *lanes        // for assertions of those, which wait there in lanes
 	lanes    *lanes
 	recorder *queue[entry, found]
