@@ -1247,14 +1247,7 @@ func TestConcurrentEventsShareTransactions(t *testing.T) {
 // lockChain takes the lock of the chain as another copy that is stuck would.
 func (v *service) lockChain() pgx.Tx {
 	v.t.Helper()
-	tx, err := v.db.Begin(v.t.Context())
-	if err == nil {
-		_, err = tx.Exec(v.t.Context(), `select pg_advisory_xact_lock($1)`, int64(chainLock))
-	}
-	if err != nil {
-		v.t.Fatal(err)
-	}
-	return tx
+	return v.begun(fmt.Sprintf(`select pg_advisory_xact_lock(%d)`, int64(chainLock)))
 }
 
 // waiting counts who waits for an advisory lock of this database, but for the
