@@ -1420,6 +1420,27 @@ func TestAssertionWithoutPostgreSQL(t *testing.T) {
 	v.want(v.byAssertion("", text), 401, "invalid_client")
 }
 
+// changed is a JWT, or its beginning, by an accident: with junk in it, less, more, or a part of another.
+func changed(random *mathrand.Rand, text, junk, another string) string {
+	at := random.IntN(len(text))
+	to := min(len(text), at+1+random.IntN(4))
+	switch random.IntN(6) {
+	case 0:
+		return text[:at] + junk + text[to:]
+	case 1:
+		return text[:at] + string(rune(33+random.IntN(94))) + text[at+1:]
+	case 2:
+		return text[:at]
+	case 3:
+		return text[:at] + text[to:]
+	case 4:
+		return text[:to] + text[at:]
+	}
+	parts, other := strings.Split(text, "."), strings.Split(another, ".")
+	parts[random.IntN(len(parts))] = other[random.IntN(3)]
+	return strings.Join(parts, ".")
+}
+
 // No accident makes a token of what isn't an assertion of the client's, nor a fault of ours.
 func TestChangedAssertionGivesNothing(t *testing.T) {
 	t.Parallel()
@@ -1433,25 +1454,7 @@ func TestChangedAssertionGivesNothing(t *testing.T) {
 		return []any{hostileText(random), newID(), json.RawMessage(`"\ud800"`), strings.Repeat("é", 300), "ES256\x00"}[random.IntN(5)]
 	}
 	pick := func(names ...string) string { return names[random.IntN(len(names))] }
-	change := func(text string) string {
-		at := random.IntN(len(text))
-		to := min(len(text), at+1+random.IntN(4))
-		switch random.IntN(6) {
-		case 0:
-			return text[:at] + hostileText(random) + text[to:]
-		case 1:
-			return text[:at] + string(rune(33+random.IntN(94))) + text[at+1:]
-		case 2:
-			return text[:at]
-		case 3:
-			return text[:at] + text[to:]
-		case 4:
-			return text[:to] + text[at:]
-		}
-		parts, other := strings.Split(text, "."), strings.Split(v.assertion(h, id), ".") // a part of another
-		parts[random.IntN(len(parts))] = other[random.IntN(3)]
-		return strings.Join(parts, ".")
-	}
+	change := func(text string) string { return changed(random, text, hostileText(random), v.assertion(h, id)) }
 	for i := range rounds(1500, 30000) {
 		good := v.assertion(h, id)
 		before, sig, _ := cutLast(good, ".")

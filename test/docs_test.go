@@ -833,18 +833,24 @@ func TestDelegationPageHasEveryRefusal(t *testing.T) {
 			return true
 		})
 	}
+	wantRefusals(t, "delegation.md", source, said)
+}
+
+// wantRefusals wants a page to have each refusal of the source, and no other.
+func wantRefusals(t testing.TB, page string, source []*regexp.Regexp, said []string) {
+	t.Helper()
 	for _, r := range source {
 		if !slices.ContainsFunc(said, r.MatchString) {
-			t.Errorf("delegation.md lacks the refusal %s", r)
+			t.Errorf("%s lacks the refusal %s", page, r)
 		}
 	}
 	for _, text := range said {
 		if !slices.ContainsFunc(source, func(r *regexp.Regexp) bool { return r.MatchString(text) }) {
-			t.Errorf("delegation.md has the refusal %q, which is not in the source", text)
+			t.Errorf("%s has the refusal %q, which is not in the source", page, text)
 		}
 	}
 	if len(source) < 15 || len(said) < 15 {
-		t.Errorf("the source has the refusals %s, and delegation.md %q", source, said)
+		t.Errorf("the source has the refusals %s, and %s %q", source, page, said)
 	}
 }
 

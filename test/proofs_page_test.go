@@ -13,7 +13,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -244,19 +243,7 @@ func TestProofsPageHasEveryRefusal(t *testing.T) {
 			})
 		}
 	}
-	for _, r := range source {
-		if !slices.ContainsFunc(said, r.MatchString) {
-			t.Errorf("proofs.md lacks the refusal %s", r)
-		}
-	}
-	for _, text := range said {
-		if !slices.ContainsFunc(source, func(r *regexp.Regexp) bool { return r.MatchString(text) }) {
-			t.Errorf("proofs.md has the refusal %q, which is not in the source", text)
-		}
-	}
-	if len(source) < 15 || len(said) != len(source) {
-		t.Errorf("the source has the refusals %s, and proofs.md %q", source, said)
-	}
+	wantRefusals(t, "proofs.md", source, said)
 }
 
 // A proof is good once on all copies, also where they have no Redis; between the two it is remembered by one alone, as
