@@ -518,8 +518,8 @@ func troubled(t *testing.T, p *program, traffic bool, list []trouble) {
 			stop := func() { stopping.Store(true); clients.Wait() }
 			defer stop()
 			p.eventually("it is well before", func() bool { return p.stands() == standsWell })
-			begun := time.Now()
 			tr.begin()
+			begun := time.Now()
 			var once sync.Once // which is done also where it fails the test, as sync.OnceFunc is not
 			end := func() { once.Do(tr.end) }
 			defer end()
@@ -635,6 +635,13 @@ func TestFullDiskIsNotReady(t *testing.T) {
 					fill()
 				}
 			}
+		})
+		quiet := time.Now() // pages that PostgreSQL had before still take an event, the smaller the longer: each makes it ready, and is one less
+		p.eventually("nothing fits any more", func() bool {
+			if p.stands() != standsNot {
+				quiet = time.Now()
+			}
+			return time.Since(quiet) > 1500*time.Millisecond
 		})
 	}, func() {
 		close(done)
