@@ -29,11 +29,12 @@ const (
 	tokenRevoked        = "token.revoked"
 	tokenIntrospected   = "token.introspected"
 	authFailed          = "auth.failed"
+	revocationsRead     = "revocations.read"
 )
 
 var actions = []string{
 	agentCreated, agentUpdated, agentSuspended, agentReactivated, agentDecommissioned, credentialGenerated,
-	credentialRotated, credentialRevoked, tokenIssued, tokenRevoked, tokenIntrospected, authFailed,
+	credentialRotated, credentialRevoked, tokenIssued, tokenRevoked, tokenIntrospected, authFailed, revocationsRead,
 }
 
 // change does something and records it in one transaction. An event without an

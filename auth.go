@@ -94,7 +94,7 @@ func (s *server) identify(r *request) error {
 	if err != nil {
 		return errInvalidToken.because("This is " + err.Error() + ".")
 	}
-	found := caller{origin: c.origin(), scopes: strings.Fields(c.Scope)}
+	found := caller{origin: c.origin(), scopes: strings.Fields(c.Scope), until: c.Expires}
 	if found.proof, err = s.prove(r, token, c); err == nil {
 		err = s.checkAlive(r.Context(), &found)
 	}

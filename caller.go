@@ -28,6 +28,7 @@ type caller struct {
 	origin
 	scopes    []string       // of the token, or all of the agent's where it showed a credential
 	expiresAt *moment        // of the credential shown
+	until     int64          // of a token: seconds since 1970
 	use       use            // of the assertion that it showed, if that is good once
 	proof     shownProof     // that its token, or the one that it asks for, is its own
 	proved    map[string]any // what an event says of that

@@ -116,15 +116,19 @@ func (s *server) giveProof(r *request, credentialID, did string) (any, error) {
 		}
 	}
 	var c credential
+	var ended *string // the secret_id before a rotation
 	err = s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		_, err := mayManage(ctx, tx, r.caller, agentID, "active")
 		if err == nil && did == credentialRotated {
-			err = row.checkRotation(ctx, tx)
+			ended, err = row.checkRotation(ctx, tx)
 		}
 		if err == nil {
 			c, err = storeCredential(ctx, tx, row)
 		}
 		f := facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}
+		if ended != nil {
+			f["endedSecretId"] = ended
+		}
 		if c.KeyThumbprint != nil {
 			f["keyThumbprint"] = c.KeyThumbprint
 		}
@@ -221,12 +225,13 @@ func storeCredential(ctx context.Context, tx pgx.Tx, row credentialRow) (credent
 	return c, err
 }
 
-// checkRotation refuses to give a credential what is of another kind, or the same key.
-func (row credentialRow) checkRotation(ctx context.Context, tx pgx.Tx) error {
+// checkRotation refuses to give a credential what is of another kind, or the same key. It
+// returns the secret_id that the credential has until then.
+func (row credentialRow) checkRotation(ctx context.Context, tx pgx.Tx) (ended *string, err error) {
 	old, err := checkCredential(ctx, tx, row.clientID, row.credentialID)
 	switch {
 	case err != nil:
-		return err
+		return nil, err
 	case old.Kind != row.kind():
 		faults := map[string]any{}
 		for field, kind := range map[string]string{"publicKey": "key", "workload": "workload"} {
@@ -234,11 +239,14 @@ func (row credentialRow) checkRotation(ctx context.Context, tx pgx.Tx) error {
 				faults[field] = "must be there for a credential that is a " + kind + ", and only then; this is a " + old.Kind
 			}
 		}
-		return errValidation.with(faults)
+		return nil, errValidation.with(faults)
 	case row.key != nil && old.KeyThumbprint != nil && row.key.thumbprint() == *old.KeyThumbprint:
-		return errKeyTaken
+		return nil, errKeyTaken
 	}
-	return nil
+	if err := tx.QueryRow(ctx, `select secret_id::text from credentials where credential_id = $1`, row.credentialID).Scan(&ended); err != nil {
+		return nil, fmt.Errorf("loading the secret_id: %w", err)
+	}
+	return ended, nil
 }
 
 // checkCredential returns a credential, and refuses what is no active one of the agent,

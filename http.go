@@ -40,7 +40,14 @@ type request struct {
 	caller caller
 	inUse  string         // an assertion that it has shown, which is good once
 	tells  map[string]any // what the event of a refusal says, beside who and why
+	waited time.Duration  // for an answer that was yet to come
+	begun  bool           // an answer that has no end of its own
 }
+
+// A later is what a handler returns whose answer is yet to come. It is waited for without
+// the deadline and the place that a request has; what it needs of a store it asks with a
+// deadline of its own. The context of the request then ends when the client has gone.
+type later func(http.ResponseWriter) (any, error)
 
 // A route is what can be called, by whom, and how. Who identifies the caller,
 // counts the request for its limit, and refuses it where it must. Handle
@@ -184,10 +191,14 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 	if s.draining.Load() { // also where the request has begun before
 		r.out.Set("Connection", "close")
 	}
-	respond(w, status, body)
+	if r.begun {
+		status = rt.success // of which that was the end
+	} else {
+		respond(w, status, body)
+	}
 	route := `route="` + rt.pattern + `"`
 	s.meter.add(1, "agentidp_http_requests_total", route+`,status="`+strconv.Itoa(status)+`"`)
-	s.meter.add(time.Since(begun).Seconds(), "agentidp_http_request_duration_seconds", route)
+	s.meter.add((time.Since(begun) - r.waited).Seconds(), "agentidp_http_request_duration_seconds", route)
 	if code != "" {
 		s.meter.add(1, "agentidp_refusals_total", `reason="`+code+`"`)
 	}
@@ -206,7 +217,7 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 // place, and outlives no check. What has begun then is finished, also when the
 // client has gone: it may have been acknowledged to somebody else.
 func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error) {
-	rt := r.route
+	rt, connected := r.route, r.Request
 	defer func() {
 		if p := recover(); p != nil {
 			slog.Error("panic", "requestId", r.id, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
@@ -219,6 +230,20 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 	if rt.who == nil {
 		return rt.handle(r)
 	}
+	body, err = s.handleInTime(w, r)
+	if wait, ok := body.(later); ok && err == nil {
+		begun := time.Now()
+		r.Request = connected
+		body, err = wait(w)
+		r.waited = time.Since(begun)
+	}
+	return body, err
+}
+
+// handleInTime is that for who has to prove itself, within the time and the places that
+// there are.
+func (s *server) handleInTime(w http.ResponseWriter, r *request) (body any, err error) {
+	rt := r.route
 	if err = s.readBody(w, r); err == nil && rt.form == oauth {
 		err = r.parseForm()
 	}

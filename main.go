@@ -19,6 +19,7 @@
 //	dpop.go        that a token is its holder's, by a proof with each request
 //	token.go       issuing, introspecting and revoking tokens
 //	exchange.go    a token of who hands work on, traded for one of the worker
+//	feed.go        what was cut off, for who verifies tokens by itself
 //	credential.go  credentials, and the secrets in them
 //	agent.go       agents, and who may change them
 //	chain.go       events, and the chain that shows what was done to them
@@ -242,6 +243,8 @@ type server struct {
 	lookups  *queue[secretKey, client]
 	signers  *queue[shown, []client]
 	lives    *queue[origin, life]
+	feed     *queue[place, revocations]
+	readers  atomic.Int64 // that wait for it
 	meter    *meter
 	postgres pulse // beats with each commit of the recorder, and of the keeper where there is none
 	clock    atomic.Pointer[reading]
@@ -271,6 +274,7 @@ func (s *server) routes() []route {
 		{"POST /api/v1/token", 200, s.authenticateClient, s.issueToken, oauth, tokenIssued},
 		{"POST /api/v1/token/introspect", 200, s.bearerOrClient(tokensRead), s.introspectToken, oauth, tokenIntrospected},
 		{"POST /api/v1/token/revoke", 200, s.bearerOrClient(""), s.revokeToken, oauth, tokenRevoked},
+		{"GET /api/v1/revocations", 200, s.bearer(tokensRead), s.listRevocations, rest, ""},
 		{"GET /api/v1/authorize", 200, public, refuse(errNoRedirect), oauth, ""},
 
 		{"GET /api/v1/audit", 200, s.bearer(auditRead), s.listEvents, rest, ""},
@@ -304,6 +308,9 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	})
 	s.signers = newQueue(func(ctx context.Context, list []shown) ([][]client, error) { return loadSigners(ctx, inner, list) })
 	s.lives = newQueue(func(ctx context.Context, of []origin) ([]life, error) { return areAlive(ctx, inner, of) })
+	s.feed = newQueue(func(ctx context.Context, after []place) ([]revocations, error) {
+		return loadRevocations(ctx, inner, after)
+	})
 	s.keys.Store(cfg.keys)
 	s.issuers.Store(&map[string]*trustedIssuer{}) // until somebody is served
 	begun := time.Now()
@@ -334,6 +341,7 @@ func (s *server) close() {
 	s.lookups.close()
 	s.signers.close()
 	s.lives.close()
+	s.feed.close()
 	s.redis.close()
 	s.inner.Close()
 	s.db.Close()

@@ -288,7 +288,7 @@ func openPools(ctx context.Context, cfg *pgxpool.Config, tracer pgx.QueryTracer)
 	cfg.ConnConfig.ConnectTimeout = storeTimeout
 	cfg.PingTimeout = time.Second
 	own := cfg.Copy()
-	own.MaxConns = 5 // for the recorder, three lookups and the keeper
+	own.MaxConns = 6 // for the recorder, four lookups and the keeper
 	for cfg, text := range map[*pgxpool.Config]string{cfg: settings, own: settings + " set plan_cache_mode = force_generic_plan"} {
 		cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 			return errors.Join(conn.PgConn().Exec(ctx, `set statement_timeout = 0`).Close(), conn.PgConn().Exec(ctx, text).Close())

@@ -255,7 +255,7 @@ func (s *server) revokeToken(r *request) (any, error) {
 		return struct{}{}, s.useUp(r)
 	}
 	useless := time.Unix(c.Expires, 0).Add(24 * time.Hour)
-	e := newEvent(tokenRevoked, c.ClientID, facts{"jti": c.ID})
+	e := newEvent(tokenRevoked, c.ClientID, facts{"jti": c.ID, "exp": c.Expires})
 	notYours := errForm.because("This token was issued to another client; to revoke it takes the scope agents:write.")
 	err = s.change(r, c.ClientID, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		may := r.caller

@@ -259,6 +259,8 @@ func TestEveryActionIsRecorded(t *testing.T) {
 		"reason", "unauthorized_client")
 	add(v.want(v.api(v.bearer, "POST", "/agents/"+id+"/credentials", "{}"), 403, "AGENT_NOT_ACTIVE"), "credential.generated", "failure", id, v.id,
 		"reason", "AGENT_NOT_ACTIVE")
+	a = add(v.want(v.api(v.bearer, "GET", "/revocations", ""), 200, ""), "revocations.read", "success", v.id, v.id)
+	next := a.text("next")
 	add(v.want(patch(id, `{"status":"active","owner":"newer"}`), 200, ""), "agent.reactivated", "success", id, v.id,
 		"changes", "map[owner:newer status:active]")
 	credential := "/agents/" + id + "/credentials/" + credentialID
@@ -274,6 +276,8 @@ func TestEveryActionIsRecorded(t *testing.T) {
 	// What is read, or has faults, or changes nothing, is no event.
 	quiet := []answer{
 		v.want(v.api(v.bearer, "GET", "/agents", ""), 200, ""),
+		v.want(v.api(v.bearer, "GET", "/revocations?after="+next, ""), 200, ""),
+		v.want(v.api(v.bearer, "GET", "/revocations?after=x", ""), 400, "VALIDATION_ERROR"),
 		v.want(v.api(v.bearer, "GET", "/agents/"+newID(), ""), 404, "AGENT_NOT_FOUND"),
 		v.want(v.api(v.bearer, "DELETE", "/agents/"+newID(), ""), 404, "AGENT_NOT_FOUND"),
 		v.want(patch(id, `{"email":"x"}`), 400, "VALIDATION_ERROR"),
@@ -321,15 +325,15 @@ func TestEveryActionIsRecorded(t *testing.T) {
 			t.Errorf("%v is recorded as %+v, want no event", a, found)
 		}
 	}
-	twelve := []string{"agent.created", "agent.updated", "agent.suspended", "agent.reactivated", "agent.decommissioned", "credential.generated",
-		"credential.rotated", "credential.revoked", "token.issued", "token.revoked", "token.introspected", "auth.failed"}
-	for _, action := range twelve {
+	thirteen := []string{"agent.created", "agent.updated", "agent.suspended", "agent.reactivated", "agent.decommissioned", "credential.generated",
+		"credential.rotated", "credential.revoked", "token.issued", "token.revoked", "token.introspected", "auth.failed", "revocations.read"}
+	for _, action := range thirteen {
 		if !seen[action] || v.audit("action="+action).Total == 0 {
 			t.Errorf("%s did not happen here or can't be asked for", action)
 		}
 	}
-	if len(actions) != len(twelve) {
-		t.Errorf("there are %d actions, want %d", len(actions), len(twelve))
+	if len(actions) != len(thirteen) {
+		t.Errorf("there are %d actions, want %d", len(actions), len(thirteen))
 	}
 
 	// One event is served as it is in the list.

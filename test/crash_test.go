@@ -408,6 +408,9 @@ func (w *worker) look(s *subject, k *holdingToken) {
 		w.ask("GET", "/agents/"+s.id, "", "Bearer "+k.text, map[fate]int{alive: 200, dead: 401}[want], "")
 		return
 	}
+	if rand.IntN(20) == 0 {
+		w.ask("GET", "/revocations", "", w.admin(), 200, revocationsRead)
+	}
 	a, sure := w.ask("POST", "/token/introspect", "token="+k.text, w.admin(), 200, tokenIntrospected)
 	if sure && want != unsure && a.body["active"] != (want == alive) {
 		w.t.Errorf("under load a token is answered with %v, want active: %v", a, want == alive)

@@ -50,11 +50,12 @@ const (
 	tokenRevoked        = "token.revoked"
 	tokenIntrospected   = "token.introspected"
 	authFailed          = "auth.failed"
+	revocationsRead     = "revocations.read"
 )
 
 var actions = []string{
 	agentCreated, agentUpdated, agentSuspended, agentReactivated, agentDecommissioned, credentialGenerated,
-	credentialRotated, credentialRevoked, tokenIssued, tokenRevoked, tokenIntrospected, authFailed,
+	credentialRotated, credentialRevoked, tokenIssued, tokenRevoked, tokenIntrospected, authFailed, revocationsRead,
 }
 
 // Times and sizes, as architecture.md has them.

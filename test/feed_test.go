@@ -1,0 +1,773 @@
+package test
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// What was cut off, as a service that verifies tokens by itself reads it.
+
+type revocation struct {
+	Kind, ID  string
+	Lifted    bool
+	ExpiresAt string
+}
+
+type feedPage struct {
+	Entries []revocation
+	Next    string
+	More    bool
+}
+
+func (x revocation) String() string { return fmt.Sprintf("%s %s %v", x.Kind, x.ID, x.Lifted) }
+
+func readFeed(t testing.TB, a answer) (p feedPage) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(a.raw), &p); a.status != 200 || err != nil {
+		t.Fatalf("revocations are answered %v (%v), want 200", a, err)
+	}
+	return p
+}
+
+// feed asks with the token of the first agent.
+func (v *service) feed(query string) feedPage {
+	v.t.Helper()
+	return readFeed(v.t, v.api(v.bearer, "GET", "/revocations"+query, ""))
+}
+
+// feedEnd is the place behind all that there is.
+func (v *service) feedEnd() string {
+	v.t.Helper()
+	p := v.feed("")
+	for p.More {
+		p = v.feed("?after=" + p.Next)
+	}
+	return p.Next
+}
+
+// inLog is what the log says that a reader has to have.
+func (v *service) inLog() (list []revocation) {
+	v.t.Helper()
+	rows, err := v.db.Query(v.t.Context(), `
+		select case when action like 'agent.%' then 'agent' when action = 'token.revoked' then 'token'
+				when action = 'credential.revoked' then 'credential' else 'secret' end,
+			case when action like 'agent.%' then agent_id::text when action = 'token.revoked' then metadata ->> 'jti'
+				when action = 'credential.revoked' then metadata ->> 'credentialId' else metadata ->> 'endedSecretId' end,
+			action = 'agent.reactivated',
+			to_char((case when action = 'token.revoked' then to_timestamp((metadata ->> 'exp')::bigint) else "timestamp" + '24 h' end + '1 min') at time zone 'UTC',
+				'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"')
+		from audit_events
+		where outcome = 'success' and (action in ('agent.suspended', 'agent.reactivated', 'agent.decommissioned')
+			or action in ('credential.rotated', 'credential.revoked', 'token.revoked'))
+		order by seq`)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var x revocation
+		if err := rows.Scan(&x.Kind, &x.ID, &x.Lifted, &x.ExpiresAt); err != nil {
+			v.t.Fatal(err)
+		}
+		list = append(list, x)
+	}
+	if err := rows.Err(); err != nil {
+		v.t.Fatal(err)
+	}
+	return list
+}
+
+// waits asks in the background. An answer that doesn't come is a zero one.
+func (v *service) waits(bearer, query string) (got func() answer) {
+	v.t.Helper()
+	answered := make(chan answer, 1)
+	go func() {
+		defer close(answered) // also where the asking has failed
+		answered <- v.api(bearer, "GET", "/revocations"+query, "")
+	}()
+	return func() answer { return <-answered }
+}
+
+// A feedStream is one that is open. Its pages come one by one, each with the id that it
+// had; one without entries and with More set to nothing is a heartbeat.
+type feedStream struct {
+	pages chan feedPage // closed at the end
+	close func()
+}
+
+// stream opens a stream; header are pairs.
+func (v *service) stream(bearer string, header ...string) *feedStream {
+	v.t.Helper()
+	f, err := openStream(v.t.Context(), v.url, bearer, header...)
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	v.t.Cleanup(f.close)
+	return f
+}
+
+func openStream(ctx context.Context, base, bearer string, header ...string) (*feedStream, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	q, err := http.NewRequestWithContext(ctx, "GET", base+"/api/v1/revocations", nil)
+	if err != nil {
+		panic(err)
+	}
+	q.Header.Set("Authorization", "Bearer "+bearer)
+	q.Header.Set("Accept", "text/event-stream")
+	for i := 0; i < len(header); i += 2 {
+		q.Header.Set(header[i], header[i+1])
+	}
+	response, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(q)
+	if err == nil && (response.StatusCode != 200 || response.Header.Get("Content-Type") != "text/event-stream") {
+		b, _ := io.ReadAll(response.Body)
+		response.Body.Close()
+		err = fmt.Errorf("a stream is answered %s %s", response.Status, b)
+	}
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	f := &feedStream{make(chan feedPage, 1000), cancel}
+	go func() {
+		defer response.Body.Close()
+		defer close(f.pages)
+		lines := bufio.NewScanner(response.Body)
+		lines.Buffer(nil, 1<<20)
+		id, data := "", ""
+		for lines.Scan() {
+			name, value, _ := strings.Cut(lines.Text(), ": ")
+			switch name {
+			case "id":
+				id = value
+			case "data":
+				data = value
+			case "":
+				if lines.Text() != "" { // a comment
+					continue
+				}
+				p := feedPage{Next: id}
+				if data != "" && (json.Unmarshal([]byte(data), &p) != nil || p.Next != id) {
+					panic("the stream has " + id + " " + data)
+				}
+				f.pages <- p
+				data = ""
+			}
+		}
+	}()
+	return f, nil
+}
+
+// next is the next page with entries, of those that come in time.
+func (f *feedStream) next(t testing.TB) feedPage {
+	t.Helper()
+	end := time.After(time.Minute)
+	for {
+		select {
+		case p, open := <-f.pages:
+			if !open {
+				t.Fatal("the stream has ended")
+			}
+			if len(p.Entries) > 0 {
+				return p
+			}
+		case <-end:
+			t.Fatal("the stream has nothing")
+		}
+	}
+}
+
+// ended waits for the end, and returns the last place.
+func (f *feedStream) ended(t testing.TB, within time.Duration) (last string) {
+	t.Helper()
+	for end := time.After(within); ; {
+		select {
+		case p, open := <-f.pages:
+			if !open {
+				return last
+			}
+			last = p.Next
+		case <-end:
+			t.Fatalf("the stream goes on after %v", within)
+		}
+	}
+}
+
+func TestFeedHasWhateverEndsTokens(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	w := v.another()
+	after := w.feedEnd()
+	stream := w.stream(v.bearer)
+	at := after
+	id, secret := v.newClient("a:b")
+	first := readClaims(t, v.token(id, secret, ""))
+	credential := "/agents/" + id + "/credentials/" + first.CredentialID
+	patch := func(body string) func() answer {
+		return func() answer { return v.api(v.bearer, "PATCH", "/agents/"+id, body) }
+	}
+	var token string
+	for _, x := range []struct {
+		do   func() answer
+		want string
+	}{
+		{patch(`{"status":"suspended"}`), "agent " + id + " false"},
+		{patch(`{"status":"active","owner":"x"}`), "agent " + id + " true"},
+		{func() answer { return v.api(v.bearer, "POST", credential+"/rotate", "{}") }, "secret " + first.SecretID + " false"},
+		{func() answer { return v.form(v.id, v.secret, "/revoke", "token="+token) }, ""},
+		{func() answer { return v.api(v.bearer, "DELETE", credential, "") }, "credential " + first.CredentialID + " false"},
+		{func() answer { return v.api(v.bearer, "DELETE", "/agents/"+id, "") }, "agent " + id + " false"},
+	} {
+		if x.want == "" {
+			token = v.mint(id, first.CredentialID)
+			x.want = "token " + jti(t, token) + " false"
+		}
+		got := w.waits(w.bearer, "?wait=20&after="+at) // begins before it or after it
+		if a := x.do(); !a.done() {
+			t.Fatalf("%s: answered %v", x.want, a)
+		}
+		p := readFeed(t, got())
+		if len(p.Entries) != 1 || p.Entries[0].String() != x.want {
+			t.Fatalf("a reader gets %v, want %s", p.Entries, x.want)
+		}
+		if q := stream.next(t); len(q.Entries) != 1 || q.Entries[0] != p.Entries[0] {
+			t.Errorf("a stream has %v, want %v", q.Entries, p.Entries)
+		}
+		at = p.Next
+	}
+	v.want(v.api(v.bearer, "DELETE", "/agents/"+id, ""), 409, "AGENT_ALREADY_DECOMMISSIONED") // is recorded
+	v.want(v.form(w.id, w.secret, "/revoke", "token="+token), 200, "")                        // is not, a second time
+	v.want(v.form(v.id, v.secret, "/introspect", "token="+token), 200, "")                    // and moves the head
+	if p := v.feed("?after=" + at); len(p.Entries) != 0 || p.Next == at || p.More {
+		t.Errorf("behind all of them a reader gets %+v, want nothing and a later place", p)
+	}
+	log := v.inLog()
+	if got := v.feed("?after=" + after).Entries; !slices.Equal(got, log) || len(log) != 6 {
+		t.Errorf("a reader gets %v, want %v", got, log)
+	}
+	if got := v.feed("").Entries; !slices.Equal(got, log) {
+		t.Errorf("who begins gets %v, want %v", got, log)
+	}
+	again := w.stream(v.bearer, "Last-Event-ID", after)
+	if got := again.next(t).Entries; !slices.Equal(got, log) {
+		t.Errorf("a stream that goes on from %s has %v, want %v", after, got, log)
+	}
+	if n := v.count(`select count(*) from audit_events where action = 'revocations.read' and agent_id = $1 and actor_id = $1`, v.id); n != 3 {
+		t.Errorf("that it was read is recorded %d times, want once for each of the three that began", n)
+	}
+}
+
+func TestFeedRefusesPlacesOfNoLog(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	place := v.feedEnd()
+	seq, hash, _ := strings.Cut(place, "-")
+	for _, after := range []string{"", "x", "1", seq, seq + "-", "-" + hash, "0-0000000000000000", "0" + place, "+" + place, seq + "-" + strings.ToUpper("abcdef0123456789"),
+		place + "0", place + "%0a", seq + "--" + hash, "9" + strings.Repeat("0", 30) + "-" + hash} {
+		if a := v.api(v.bearer, "GET", "/revocations?after="+after, ""); a.status != 400 || a.code() != "VALIDATION_ERROR" {
+			t.Errorf("after=%s is answered %v, want 400", after, a)
+		}
+	}
+	for _, query := range []string{"wait=0", "wait=31", "wait=1.5", "wait=", "wait=-1", "wait=1s", "since=1", "wait=1&wait=1", "page=1"} {
+		if a := v.api(v.bearer, "GET", "/revocations?after="+place+"&"+query, ""); a.status != 400 || a.code() != "VALIDATION_ERROR" {
+			t.Errorf("%s is answered %v, want 400", query, a)
+		}
+	}
+	for _, after := range []string{"1-" + hash, seq + "-0000000000000000", "999999-" + hash, "999999999999999999-" + hash} {
+		v.want(v.api(v.bearer, "GET", "/revocations?after="+after, ""), 400, "REVOCATIONS_CURSOR_UNKNOWN")
+		v.want(v.do("GET", "/api/v1/revocations", "", "Authorization", "Bearer "+v.bearer, "Accept", "text/event-stream", "Last-Event-ID", after), 400, "REVOCATIONS_CURSOR_UNKNOWN")
+	}
+	begun := time.Now()
+	if a := v.api(v.bearer, "HEAD", "/revocations?wait=20&after="+place, ""); a.status != 200 || time.Since(begun) > 10*time.Second {
+		t.Errorf("a HEAD is answered %v after %v, want 200 at once", a, time.Since(begun))
+	}
+	narrow := v.token(v.id, v.secret, "agents:read agents:write audit:read credentials:write")
+	v.want(v.api(narrow, "GET", "/revocations", ""), 403, "FORBIDDEN")
+}
+
+// Two services begin with one log, as one does that was restored from a backup of the
+// other: what both have is a place of both, and what came then is of its own alone.
+func TestReaderLearnsThatTheLogIsAnother(t *testing.T) {
+	t.Parallel()
+	v, restored := newService(t), newService(t)
+	id := v.newAgent("a:b")
+	v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"status":"suspended"}`), 200, "")
+	place := v.feedEnd()
+	var shared string
+	if err := v.db.QueryRow(t.Context(), `select seq || '-' || left(encode(hash, 'hex'), 16) from audit_events where seq = 1`).Scan(&shared); err != nil {
+		t.Fatal(err)
+	}
+	restored.feed("?after=" + shared)
+	ask := func(when string) {
+		t.Helper()
+		if a := restored.api(restored.bearer, "GET", "/revocations?wait=20&after="+place, ""); a.status != 400 || a.code() != "REVOCATIONS_CURSOR_UNKNOWN" {
+			t.Errorf("%s, a place of before is answered %v", when, a)
+		}
+	}
+	ask("while the log is shorter")
+	for range 10 {
+		restored.newAgent("a:b")
+	}
+	ask("when it is longer")
+	v.feed("?after=" + place)
+}
+
+// A follower reads on, whatever happens to those whom it asks, and remembers all.
+type follower struct {
+	mu   sync.Mutex
+	seen []revocation
+	next string
+	lost int // asked in vain
+}
+
+func (f *follower) take(p feedPage) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.seen, f.next = append(f.seen, p.Entries...), p.Next
+}
+
+func (f *follower) has() []revocation {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.seen)
+}
+
+// poll asks any of these until ctx ends.
+func (f *follower) poll(ctx context.Context, bearer string, urls ...string) {
+	client := &http.Client{Timeout: 10 * time.Second}
+	for ctx.Err() == nil {
+		query := url.Values{"wait": {"2"}}
+		if f.next != "" {
+			query.Set("after", f.next)
+		}
+		q, err := http.NewRequestWithContext(ctx, "GET", urls[rand.IntN(len(urls))]+"/api/v1/revocations?"+query.Encode(), nil)
+		if err != nil {
+			panic(err)
+		}
+		q.Header.Set("Authorization", "Bearer "+bearer)
+		var p feedPage
+		response, err := client.Do(q)
+		if err == nil {
+			err = json.NewDecoder(response.Body).Decode(&p)
+			response.Body.Close()
+			if response.StatusCode != 200 {
+				err = fmt.Errorf("answered %s", response.Status)
+			}
+		}
+		if err != nil {
+			f.lost++
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		f.take(p)
+	}
+}
+
+// listen has streams of any of these, one after another.
+func (f *follower) listen(ctx context.Context, bearer string, urls ...string) {
+	for ctx.Err() == nil {
+		var header []string
+		if f.next != "" {
+			header = []string{"Last-Event-ID", f.next}
+		}
+		stream, err := openStream(ctx, urls[rand.IntN(len(urls))], bearer, header...)
+		if err != nil {
+			f.lost++
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		for p := range stream.pages {
+			f.take(p)
+		}
+		stream.close()
+	}
+}
+
+// A cutter cuts off what it can, and remembers what was acknowledged.
+type cutter struct {
+	agent, credential, secretID string
+	acked                       []string
+}
+
+func (c *cutter) run(ctx context.Context, v *service, urls ...string) {
+	client := &http.Client{Timeout: 10 * time.Second}
+	for i := 0; ctx.Err() == nil; i++ {
+		token, base := v.tokenOf(c.agent, c.credential, c.secretID, "a:b"), urls[rand.IntN(len(urls))]+"/api/v1"
+		method, path, kind, body, what := "POST", "/token/revoke", formType, "token="+token, "token "+readClaims(v.t, token).ID+" false"
+		if i%4 == 3 {
+			status := []string{"suspended", "active"}[i/4%2]
+			method, path, kind, body = "PATCH", "/agents/"+c.agent, "application/json", `{"status":"`+status+`"}`
+			what = fmt.Sprintf("agent %s %v", c.agent, status == "active")
+		}
+		q, err := http.NewRequest(method, base+path, strings.NewReader(body))
+		if err != nil {
+			panic(err)
+		}
+		q.Header.Set("Authorization", "Bearer "+v.bearer)
+		q.Header.Set("Content-Type", kind)
+		response, err := client.Do(q)
+		if err != nil {
+			time.Sleep(10 * time.Millisecond)
+			continue
+		}
+		b, err := io.ReadAll(response.Body)
+		response.Body.Close()
+		if err == nil && response.StatusCode == 200 && (kind == formType || c.changed(b, what)) {
+			c.acked = append(c.acked, what)
+		}
+	}
+}
+
+// changed tells whether the status is another than it was: else, as after an answer that
+// was lost, that was no cut.
+func (c *cutter) changed(answer []byte, what string) bool {
+	for _, before := range slices.Backward(c.acked) {
+		if strings.HasPrefix(before, "agent ") {
+			return before != what
+		}
+	}
+	return strings.HasSuffix(what, "false")
+}
+
+// While two copies cut off as fast as they can, and copies and PostgreSQL are killed, those
+// who read on from where they were have in the end what the log has, in its order, and so
+// whatever was acknowledged.
+func TestFeedStepsOverNothing(t *testing.T) {
+	t.Parallel()
+	database := newPostgres(t)
+	p, q := newPair(t, database.url(), newRedisServer(t).url(), crashLimits...)
+	cutting, stop := context.WithCancel(t.Context())
+	reading, cancel := context.WithCancel(t.Context())
+	defer stop()
+	defer cancel()
+	var readers, writers sync.WaitGroup
+	followers := []*follower{{}, {}, {}, {}}
+	readers.Go(func() { followers[0].poll(reading, p.bearer, p.url, q.url) })
+	readers.Go(func() { followers[1].poll(reading, p.bearer, p.url) })
+	readers.Go(func() { followers[2].listen(reading, p.bearer, p.url, q.url) })
+	readers.Go(func() { followers[3].listen(reading, p.bearer, q.url) })
+	var cutters []*cutter
+	for range 8 {
+		c := &cutter{agent: p.newAgent("a:b"), credential: newID()}
+		c.secretID = p.secretOf(c.agent, c.credential)
+		cutters = append(cutters, c)
+		writers.Go(func() { c.run(cutting, p.service, p.url, q.url) })
+	}
+	for i := range rounds(8, 80) {
+		time.Sleep(time.Duration(200+rand.IntN(500)) * time.Millisecond)
+		switch i % 4 {
+		case 0:
+			p.kill()
+			p.start()
+		case 1:
+			q.kill()
+			q.start()
+		case 2:
+			database.kill()
+			database.start()
+		case 3:
+			p.signal(syscall.SIGTERM)
+			p.process.wait()
+			p.start()
+		}
+	}
+	before := p.count(`select count(*) from audit_events`)
+	p.eventually("it goes on", func() bool { return p.count(`select count(*) from audit_events`) > before+1000 })
+	stop()
+	writers.Wait()
+	log := p.inLog()
+	for i, f := range followers {
+		p.eventually(fmt.Sprintf("reader %d has all", i), func() bool { return len(f.has()) >= len(log) })
+	}
+	cancel()
+	readers.Wait()
+	lost := 0
+	for i, f := range followers {
+		if lost += f.lost; !slices.Equal(f.seen, log) {
+			t.Errorf("reader %d has %d entries that are not the %d of the log", i, len(f.seen), len(log))
+		}
+	}
+	has, acked := map[string]int{}, 0
+	for _, x := range log {
+		has[x.String()]++
+	}
+	for _, c := range cutters {
+		for _, what := range c.acked {
+			acked++
+			if has[what]--; has[what] < 0 {
+				t.Errorf("%s was acknowledged, and is not there as often", what)
+			}
+		}
+	}
+	t.Logf("%d entries, %d acknowledged; readers asked %d times in vain", len(log), acked, lost)
+	if acked < 1000 || lost == 0 {
+		t.Errorf("%d were acknowledged, and readers asked %d times in vain: that tries nothing", acked, lost)
+	}
+}
+
+func (p *program) gauge(name string) (n int) {
+	p.t.Helper()
+	response, err := http.Get("http://" + p.log.metrics() + "/metrics")
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer response.Body.Close()
+	b, err := io.ReadAll(response.Body)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(b), "\n"+name+" ")
+	if _, err := fmt.Sscan(after, &n); err != nil {
+		p.t.Fatalf("the metric %s: %v", name, err)
+	}
+	return n
+}
+
+func (p *program) reading(n int) func() bool {
+	return func() bool { return p.gauge("agentidp_feed_readers") == n }
+}
+
+// newFeeder has a pool of 4, and metrics.
+func newFeeder(t *testing.T, env ...string) *program {
+	t.Helper()
+	database, err := url.Parse(newDatabase(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := database.Query()
+	q.Set("pool_max_conns", "4")
+	database.RawQuery = q.Encode()
+	return newProgram(t, database.String(), newRedis(t), append([]string{"METRICS_ADDR", "127.0.0.1:0"}, env...)...)
+}
+
+// 200 readers hold nothing that others need, and learn of it together.
+func TestManyReadersWaitForNothingOfOthers(t *testing.T) {
+	t.Parallel()
+	p := newFeeder(t)
+	id := p.newAgent("a:b")
+	at := p.feedEnd()
+	var answers []func() answer
+	for range 100 {
+		answers = append(answers, p.waits(p.bearer, "?wait=25&after="+at))
+	}
+	var streams []*feedStream
+	for range 100 {
+		streams = append(streams, p.stream(p.bearer, "Last-Event-ID", at))
+	}
+	p.eventually("200 wait", p.reading(200))
+	if n := p.gauge("agentidp_http_requests_in_flight"); n != 0 {
+		t.Errorf("%d of them are among the requests in flight, want none", n)
+	}
+	if n := p.count(`select count(*) from pg_stat_activity where datname = current_database() and state <> 'idle' and pid <> pg_backend_pid()`); n > 3 {
+		t.Errorf("%d connections are busy, want hardly any", n)
+	}
+	a := p.want(p.api(p.bearer, "GET", "/revocations?wait=1&after="+at, ""), 503, "SERVICE_UNAVAILABLE")
+	if a.header.Get("Retry-After") != "1" {
+		t.Errorf("the next is answered without Retry-After: %v", a)
+	}
+	if p.feed("?after=" + at); p.gauge("agentidp_feed_readers") != 200 {
+		t.Error("who doesn't wait has ended others, or they are not counted right")
+	}
+	cpu, begun := p.cpu(t), time.Now()
+	for range 20 {
+		p.want(p.api(p.bearer, "GET", "/agents/"+id, ""), 200, "")
+		time.Sleep(100 * time.Millisecond)
+	}
+	t.Logf("200 readers take %v of %v", p.cpu(t)-cpu, time.Since(begun))
+	begun = time.Now()
+	p.want(p.api(p.bearer, "PATCH", "/agents/"+id, `{"status":"suspended"}`), 200, "")
+	for _, wait := range answers {
+		if got := readFeed(t, wait()); len(got.Entries) != 1 || got.Entries[0].ID != id {
+			t.Fatalf("a reader gets %+v, want the agent", got)
+		}
+	}
+	for _, stream := range streams {
+		if got := stream.next(t); len(got.Entries) != 1 || got.Entries[0].ID != id {
+			t.Fatalf("a stream has %+v, want the agent", got)
+		}
+	}
+	t.Logf("200 readers know after %v", time.Since(begun))
+	p.eventually("the streams alone go on", p.reading(100))
+	for _, stream := range streams {
+		stream.close()
+	}
+	p.eventually("who has gone is gone", p.reading(0))
+}
+
+// A reader that takes nothing is left, and costs nothing any more.
+func TestReaderThatTakesNothingIsLeft(t *testing.T) {
+	t.Parallel()
+	p := newFeeder(t)
+	const n = 60_000
+	tx, err := p.db.Begin(t.Context())
+	if err == nil {
+		_, err = tx.Exec(t.Context(), `
+			insert into audit_events
+			select gen_random_uuid(), head + i, now(), gen_random_uuid(), null, 'agent.suspended', 'success', '', '', '{}', sha256(i::text::bytea), sha256((i + 1)::text::bytea)
+			from (select max(seq) as head from audit_events) as head, generate_series(1, $1::int) as i`, n)
+	}
+	if err == nil {
+		err = tx.Commit(t.Context())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.exec(`analyze audit_events`) // which PostgreSQL does within a minute; until then it has plans for a small log
+	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	conn.(*net.TCPConn).SetReadBuffer(4096)
+	fmt.Fprintf(conn, "GET /api/v1/revocations HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\nAuthorization: Bearer %s\r\n\r\n", p.bearer)
+	p.eventually("it is there", p.reading(1))
+	begun := time.Now()
+	p.eventually("it is left", p.reading(0))
+	if took := time.Since(begun); took < 5*time.Second || took > 40*time.Second {
+		t.Errorf("it is left after %v, want about 10 s", took)
+	}
+	// All of that is read page by page, and by a stream.
+	begun = time.Now()
+	page, pages, entries := p.feed(""), 1, 0
+	for entries = len(page.Entries); page.More; entries += len(page.Entries) {
+		page = p.feed("?wait=20&after=" + page.Next)
+		pages++
+	}
+	if entries != n || pages != n/1000+1 {
+		t.Errorf("a reader gets %d entries on %d pages, want %d on %d", entries, pages, n, n/1000+1)
+	}
+	t.Logf("%d pages take %v", pages, time.Since(begun))
+	stream := p.stream(p.bearer)
+	for entries = 0; entries < n; {
+		entries += len(stream.next(t).Entries)
+	}
+}
+
+// A copy that stops ends all who wait at once, with a place from which another goes on.
+func TestReadersAreToldWhenACopyStops(t *testing.T) {
+	t.Parallel()
+	p := newFeeder(t)
+	q := p.another()
+	at := p.feedEnd()
+	got := p.waits(p.bearer, "?wait=25&after="+at)
+	stream := p.stream(p.bearer, "Last-Event-ID", at)
+	p.eventually("both wait", p.reading(2))
+	begun := time.Now()
+	p.signal(syscall.SIGTERM)
+	page := readFeed(t, got())
+	last := stream.ended(t, 20*time.Second)
+	if took := time.Since(begun); took > 10*time.Second { // it would be 25 s and more
+		t.Errorf("they are told after %v, want at once", took)
+	}
+	if err := p.wait(); err != nil {
+		t.Errorf("the copy ends with %v", err)
+	}
+	id := q.newAgent("a:b")
+	q.want(q.api(q.bearer, "DELETE", "/agents/"+id, ""), 204, "")
+	for _, place := range []string{page.Next, last} {
+		if got := q.feed("?after=" + place).Entries; len(got) != 1 || got[0].ID != id {
+			t.Errorf("from %q another copy goes on with %v, want the agent", place, got)
+		}
+	}
+}
+
+// Without PostgreSQL nobody is told that there is nothing.
+func TestReadersAreNotCalmedWithoutPostgreSQL(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	env := map[string]string{"DATABASE_URL": v.env["DATABASE_URL"]}
+	proxy := proxyDatabase(t, env)
+	w := v.another("DATABASE_URL", env["DATABASE_URL"])
+	for _, mode := range []proxyMode{refusing, swallowing} {
+		at := v.feedEnd()
+		got := w.waits(w.bearer, "?wait=25&after="+at)
+		stream := w.stream(w.bearer, "Last-Event-ID", at)
+		time.Sleep(time.Second)
+		begun := time.Now()
+		proxy.set(mode)
+		if a := got(); a.status != 503 {
+			t.Errorf("%v: who waits is answered %v, want 503", mode, a)
+		}
+		stream.ended(t, 20*time.Second)
+		if took := time.Since(begun); took > 15*time.Second {
+			t.Errorf("%v: they are told after %v", mode, took)
+		}
+		if a := w.api(w.bearer, "GET", "/revocations?after="+at, ""); a.status != 503 {
+			t.Errorf("%v: who comes then is answered %v, want 503", mode, a)
+		}
+		proxy.set(passing)
+		v.eventually("it has healed", func() bool { return w.api(w.bearer, "GET", "/revocations?after="+at, "").status == 200 })
+	}
+}
+
+// Who is cut off while it waits is told that, and not what was cut off.
+func TestReaderThatIsCutOffGetsNothing(t *testing.T) {
+	t.Parallel()
+	p := newCutter(t, "METRICS_ADDR", "127.0.0.1:0")
+	for _, c := range cuts {
+		a := p.newActor()
+		at := p.feedEnd()
+		got := p.waits(a.bearer, "?wait=25&after="+at)
+		stream := p.stream(a.bearer, "Last-Event-ID", at)
+		p.eventually("both wait", p.reading(2))
+		if done := c.do(p, p.bearer, a); !done.done() {
+			t.Fatalf("%s is answered %v", c.name, done)
+		}
+		if b := got(); b.status != 401 || b.header.Get("WWW-Authenticate") == "" {
+			t.Errorf("%s: who waits is answered %v, want 401", c.name, b)
+		}
+		if last := stream.ended(t, 20*time.Second); last != "" && last != at {
+			t.Errorf("%s: its stream goes on from %s to %s", c.name, at, last)
+		}
+	}
+	// And who has expired.
+	id, secret := p.newClient(tokensRead)
+	p.want(p.api(p.bearer, "PATCH", "/agents/"+id, `{"tokenTtl":4}`), 200, "")
+	at := p.feedEnd()
+	bearer := p.token(id, secret, "")
+	stream := p.stream(bearer, "Last-Event-ID", at)
+	if a := p.api(bearer, "GET", "/revocations?wait=10&after="+at, ""); a.status != 401 {
+		t.Errorf("who expires while it waits is answered %v, want 401", a)
+	}
+	stream.ended(t, 30*time.Second)
+}
+
+// Waiting outlives the times that other requests have, and a stream says that it is there.
+func TestWaitingIsNotCutShort(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	at := v.feedEnd()
+	stream := v.stream(v.bearer, "Last-Event-ID", at)
+	begun := time.Now()
+	got := v.feed("?wait=25&after=" + at)
+	if took := time.Since(begun); len(got.Entries) != 0 || got.More || took < 25*time.Second {
+		t.Errorf("after %v a reader gets %+v, want nothing after 25 s", took, got)
+	}
+	v.want(v.api(v.bearer, "GET", "/revocations?after="+got.Next, ""), 200, "")
+	beats := 0
+	for len(stream.pages) > 0 {
+		if p, open := <-stream.pages; open && len(p.Entries) == 0 && p.Next != "" {
+			beats++
+		}
+	}
+	if beats < 3 { // the first page, and two behind it
+		t.Errorf("in that time a stream has said %d times that it is there, want 3", beats)
+	}
+	id := v.newAgent("a:b")
+	v.want(v.api(v.bearer, "DELETE", "/agents/"+id, ""), 204, "")
+	if p := stream.next(t); len(p.Entries) != 1 || p.Entries[0].ID != id {
+		t.Errorf("then the stream has %+v, want the agent", p)
+	}
+}
