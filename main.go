@@ -24,6 +24,7 @@
 //	agent.go       agents, and who may change them
 //	chain.go       events, and the chain that shows what was done to them
 //	audit.go       what is recorded, and how that is read
+//	evidence.go    the log checked whole, and handed out
 //	ratelimit.go   limits, and the script that Redis runs for each request
 //	store.go       PostgreSQL: sessions, schema, queries, lists, ids, the clock
 //	keeper.go      what watches over both stores
@@ -186,20 +187,6 @@ func printKey(kind string, stdout io.Writer) error {
 		}
 	}
 	return err
-}
-
-// progress shows on a terminal, in one line, how much of the log is read.
-func progress(stderr io.Writer) func(*event) error {
-	file, _ := stderr.(*os.File)
-	if info, err := file.Stat(); err != nil || info.Mode()&os.ModeCharDevice == 0 {
-		return nil
-	}
-	return func(e *event) error {
-		if e.Seq%10_000 == 0 {
-			fmt.Fprintf(file, "read up to seq %d\r", e.Seq) // what is printed next takes its place
-		}
-		return nil
-	}
 }
 
 func version() string {

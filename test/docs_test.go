@@ -1274,7 +1274,7 @@ func TestPagesHaveEveryErrorOfTheStart(t *testing.T) {
 					}
 				}
 				for _, e := range texts {
-					if name, ok := e.(*ast.Ident); ok && name.Name == "altered" { // a constant of chain.go
+					if name, ok := e.(*ast.Ident); ok && name.Name == "altered" { // a constant of evidence.go
 						e = &ast.BasicLit{Kind: token.STRING, Value: `"the audit log was altered: the first bad seq is %d"`}
 					}
 					for _, piece := range strings.FieldsFunc(verb.ReplaceAllString(literal(e), "\n"), func(c rune) bool { return c == '\n' }) {

@@ -19,7 +19,7 @@ const apiPage = "../developers/api.md"
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 6964
+const maxLines = 6975
 
 // A sourceFile is a Go file of the program, or a test, parsed.
 type sourceFile struct {
@@ -73,7 +73,7 @@ func TestSourceCanBeReadInADay(t *testing.T) {
 // rooms are the files in the order of who may name what others declare: each
 // only what stands below it. What everybody hangs on is nobody's room.
 var rooms = strings.Fields(`
-	main.go config.go discovery.go keeper.go feed.go exchange.go token.go auth.go credential.go workload.go assertion.go dpop.go agent.go audit.go chain.go
+	main.go config.go discovery.go keeper.go evidence.go feed.go exchange.go token.go auth.go credential.go workload.go assertion.go dpop.go agent.go audit.go chain.go
 	input.go http.go caller.go ratelimit.go metrics.go jwk.go jwt.go store.go errors.go`)
 
 // passages are names that go against that order, and why.
@@ -181,7 +181,7 @@ var importers = map[string]string{
 	"crypto/elliptic":              "jwk.go jwt.go",
 	"crypto/x509":                  "jwk.go jwt.go",
 	"golang.org/x/crypto":          "credential.go",
-	"os":                           "main.go config.go",
+	"os":                           "main.go config.go evidence.go",
 	"embed":                        "discovery.go store.go",
 	"github.com/redis/go-redis/v9": "config.go ratelimit.go",
 	"unsafe":                       "",
