@@ -35,10 +35,11 @@ type credential struct {
 	KeyThumbprint *string `json:"keyThumbprint"` // of a key (RFC 7638)
 
 	Workload *workload `json:"workload"`
+	SecretID string    `json:"-"` // which its tokens carry, until it is rotated
 }
 
 const credentialColumns = `credential_id, client_id, kind, status, created_at, expires_at, revoked_at,
-	case when kind = 'secret' then secret_prefix end as secret_prefix, key_thumbprint, workload`
+	case when kind = 'secret' then secret_prefix end as secret_prefix, key_thumbprint, workload, secret_id`
 
 // A newCredential shows the secret, once, if it is one.
 type newCredential struct {
@@ -115,19 +116,18 @@ func (s *server) giveProof(r *request, credentialID, did string) (any, error) {
 			return nil, err
 		}
 	}
-	var c credential
-	var ended *string // the secret_id before a rotation
+	var c, old credential
 	err = s.change(r, agentID, func(ctx context.Context, tx pgx.Tx) (event, error) {
 		_, err := mayManage(ctx, tx, r.caller, agentID, "active")
 		if err == nil && did == credentialRotated {
-			ended, err = row.checkRotation(ctx, tx)
+			old, err = row.checkRotation(ctx, tx)
 		}
 		if err == nil {
 			c, err = storeCredential(ctx, tx, row)
 		}
 		f := facts{"credentialId": credentialID, "expiresAt": c.ExpiresAt}
-		if ended != nil {
-			f["endedSecretId"] = ended
+		if did == credentialRotated {
+			f["endedSecretId"] = old.SecretID
 		}
 		if c.KeyThumbprint != nil {
 			f["keyThumbprint"] = c.KeyThumbprint
@@ -226,12 +226,11 @@ func storeCredential(ctx context.Context, tx pgx.Tx, row credentialRow) (credent
 }
 
 // checkRotation refuses to give a credential what is of another kind, or the same key. It
-// returns the secret_id that the credential has until then.
-func (row credentialRow) checkRotation(ctx context.Context, tx pgx.Tx) (ended *string, err error) {
+// returns the credential as it was.
+func (row credentialRow) checkRotation(ctx context.Context, tx pgx.Tx) (credential, error) {
 	old, err := checkCredential(ctx, tx, row.clientID, row.credentialID)
 	switch {
 	case err != nil:
-		return nil, err
 	case old.Kind != row.kind():
 		faults := map[string]any{}
 		for field, kind := range map[string]string{"publicKey": "key", "workload": "workload"} {
@@ -239,14 +238,11 @@ func (row credentialRow) checkRotation(ctx context.Context, tx pgx.Tx) (ended *s
 				faults[field] = "must be there for a credential that is a " + kind + ", and only then; this is a " + old.Kind
 			}
 		}
-		return nil, errValidation.with(faults)
+		err = errValidation.with(faults)
 	case row.key != nil && old.KeyThumbprint != nil && row.key.thumbprint() == *old.KeyThumbprint:
-		return nil, errKeyTaken
+		err = errKeyTaken
 	}
-	if err := tx.QueryRow(ctx, `select secret_id::text from credentials where credential_id = $1`, row.credentialID).Scan(&ended); err != nil {
-		return nil, fmt.Errorf("loading the secret_id: %w", err)
-	}
-	return ended, nil
+	return old, err
 }
 
 // checkCredential returns a credential, and refuses what is no active one of the agent,

@@ -6,9 +6,9 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,16 +16,17 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// The feed tells services that verify tokens by themselves what was cut off. It is read
-// from the audit log, whose seq has no gap and is in the order of commits: who has read
-// up to an event has missed nothing before it.
+// The feed tells services that verify tokens by themselves what was cut off, and a
+// collector what was recorded. Both read the audit log on from a place in it. Its seq has
+// no gap and is in the order of commits, so who has read up to an event has missed none.
 
 const (
-	feedPage  = 1000                   // events that one answer looks at
-	feedRoom  = 200                    // readers that may wait on a copy; more are refused
-	feedWait  = 30                     // seconds that a reader may ask to wait
-	feedEvery = 300 * time.Millisecond // how often they look whether there is something
-	feedBeat  = 10 * time.Second       // after which a stream says that it is there; and the time to take what is written
+	feedPage   = 1000                   // events that one answer has at most
+	feedRoom   = 200                    // readers that may wait on a copy; more are refused
+	feedRoomOf = 50                     // of one client
+	feedWait   = 30                     // seconds that a reader may ask to wait
+	feedEvery  = 300 * time.Millisecond // how often it is looked for them whether there is something
+	feedBeat   = 10 * time.Second       // after which a stream says that it is there; and the time to take what is written
 )
 
 // What the feed tells of.
@@ -37,8 +38,6 @@ type revocation struct {
 	ID        string `json:"id"`
 	Lifted    bool   `json:"lifted"`
 	ExpiresAt moment `json:"expiresAt"` // no such token is valid from then on
-
-	seq int64
 }
 
 // revocationOf is what an event says; of a refused one that is nothing, and of a rotation
@@ -50,24 +49,18 @@ func revocationOf(e event) (x revocation, ok bool, err error) {
 		TokenID       string `json:"jti"`
 		Expires       int64  `json:"exp"` // seconds since 1970; 0 of 0.1.0
 	}
-	if err := json.Unmarshal(e.Metadata, &f); err != nil {
-		return x, false, fmt.Errorf("reading an event: %w", err)
+	err = json.Unmarshal(e.Metadata, &f)
+	end, of := e.Timestamp.Add(maxTokenTTL), map[string][2]string{
+		tokenRevoked: {"token", f.TokenID}, credentialRotated: {"secret", f.EndedSecretID}, credentialRevoked: {"credential", f.CredentialID},
+	}[e.Action]
+	if of[0] == "" && e.AgentID != nil { // with all of its credentials
+		of = [2]string{"agent", *e.AgentID}
 	}
-	end := e.Timestamp.Add(maxTokenTTL)
-	switch x.seq = e.Seq; {
-	case e.Action == tokenRevoked:
-		if x.Kind, x.ID = "token", f.TokenID; f.Expires != 0 {
-			end = time.Unix(f.Expires, 0)
-		}
-	case e.Action == credentialRotated:
-		x.Kind, x.ID = "secret", f.EndedSecretID
-	case e.Action == credentialRevoked:
-		x.Kind, x.ID = "credential", f.CredentialID
-	case e.AgentID != nil: // with all of its credentials
-		x.Kind, x.ID, x.Lifted = "agent", *e.AgentID, e.Action == agentReactivated
+	if f.Expires != 0 {
+		end = time.Unix(f.Expires, 0)
 	}
-	x.ExpiresAt = moment{end.Add(time.Minute)} // clocks differ
-	return x, e.Outcome == "success" && x.ID != "", nil
+	ok = e.Outcome == "success" && of[1] != "" && slices.Contains(feedActions, e.Action)
+	return revocation{of[0], of[1], e.Action == agentReactivated, moment{end.Add(clockTrust)}}, ok, err
 }
 
 // A place is up to where the log was read. Of the hash there it has enough to tell this
@@ -77,10 +70,12 @@ type place struct {
 	hash string
 }
 
-func (p place) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
-func (p place) String() string               { return strconv.FormatInt(p.seq, 10) + "-" + p.hash }
+func placeOf(e event) place { return place{e.Seq, hex.EncodeToString(e.Hash[:8])} }
 
-var placePattern = regexp.MustCompile(`^[1-9][0-9]{0,17}-[0-9a-f]{16}$`)
+func (p place) MarshalText() ([]byte, error) { return []byte(p.String()), nil }
+func (p place) String() string               { return strings.TrimSuffix(fmt.Sprint(p.seq, "-", p.hash), "-") }
+
+var placePattern = regexp.MustCompile(`^(0|[1-9][0-9]{0,17}(-[0-9a-f]{16})?)$`)
 
 func parsePlace(text string) (p place, err error) {
 	if !placePattern.MatchString(text) {
@@ -92,7 +87,7 @@ func parsePlace(text string) (p place, err error) {
 	return p, err
 }
 
-// Revocations are what an answer says, and an event of a stream.
+// Revocations are what is behind a place, up to the head of the log or as far as a page goes.
 type revocations struct {
 	Entries []revocation `json:"entries"`
 	Next    place        `json:"next"` // where to read on
@@ -101,121 +96,128 @@ type revocations struct {
 	lost bool // the log has no such place
 }
 
-// loadRevocations reads on behind the places of those who ask at the same time, which are
-// mostly one. The head is read first: what a page has is all that is up to there, or up
-// to the last of its events.
+func (p revocations) any() bool { return p.More || len(p.Entries) > 0 }
+
+// loadRevocations reads on for all who ask at the same time, who are mostly in one place.
 func loadRevocations(ctx context.Context, db querier, after []place) (list []revocations, err error) {
-	seqs, there, head, pages := []int64{}, map[int64]string{}, place{}, map[place]revocations{}
+	read := map[place]revocations{}
 	for _, at := range after {
-		seqs = append(seqs, at.seq)
-	}
-	rows, _ := db.Query(ctx, `
-		select seq, left(encode(hash, 'hex'), 16)
-		from audit_events
-		where seq = any($1 || array(select seq from audit_events order by seq desc limit 1))
-		order by seq`, seqs)
-	_, err = pgx.ForEachRow(rows, []any{&head.seq, &head.hash}, func() error {
-		there[head.seq] = head.hash // in the end that is the head
-		return nil
-	})
-	for _, at := range after {
-		p, read := pages[at]
-		if err == nil && !read {
-			p, err = loadPage(ctx, db, at, head)
-			p.lost = at.hash != "" && at.hash != there[at.seq]
-			pages[at] = p
+		p, again := read[at]
+		if !again {
+			if p, err = loadPage(ctx, db, at); err != nil {
+				return nil, fmt.Errorf("reading on in the log: %w", err)
+			}
+			read[at] = p
 		}
 		list = append(list, p)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("reading revocations: %w", err)
 	}
 	return list, nil
 }
 
-// loadPage reads on behind a place, to the head or as far as a page goes.
-func loadPage(ctx context.Context, db querier, after, head place) (revocations, error) {
-	p := revocations{Entries: []revocation{}, Next: head}
+// loadPage reads the event at a place, those behind it that the feed tells of and whose tokens
+// may be valid, and the head.
+func loadPage(ctx context.Context, db querier, at place) (revocations, error) {
+	p := revocations{Entries: []revocation{}, Next: at, lost: at.seq > 0}
 	rows, _ := db.Query(ctx, `
 		select `+eventColumns+`
-		from unnest($2::text[]) as wanted (wanted)
+		from audit_events
+		where seq in ($1, (select max(seq) from audit_events))
+		union all
+		select events.*
+		from unnest($2::text[]) as wanted
 		cross join lateral (
 			select `+eventColumns+`
 			from audit_events
 			where action = wanted and action <> 'token.issued' and seq > $1 -- as the index has it
+				and "timestamp" > now() - $3::interval
 			order by seq
-			limit $3) as events
+			limit 1000) as events
 		order by seq
-		limit $3`, after.seq, feedActions, feedPage)
+		limit 1000`, at.seq, feedActions, maxTokenTTL+clockTrust)
 	events, err := pgx.CollectRows(rows, pgx.RowToStructByName[event])
+	p.More = len(events) == feedPage
 	for _, e := range events {
 		x, ok, wrong := revocationOf(e)
-		if ok {
+		here := placeOf(e)
+		if e.Seq == at.seq {
+			p.lost = at.hash != "" && at != here
+		} else if ok && here != p.Next { // the head may be there twice
 			p.Entries = append(p.Entries, x)
 		}
-		err = cmp.Or(err, wrong)
-	}
-	p.More = len(events) == feedPage
-	if last := len(events) - 1; last >= 0 && (p.More || events[last].Seq > head.seq) {
-		p.Next = place{events[last].Seq, hex.EncodeToString(events[last].Hash[:8])}
+		p.Next, err = here, cmp.Or(err, wrong)
 	}
 	return p, err
 }
 
-// listRevocations answers at once where there is something behind the place of the
-// reader. An access is recorded where it begins, and not each time that it goes on.
+// listRevocations serves who has tokens:read. An access is recorded where it begins, and not
+// where it goes on from a place that an answer had.
 func (s *server) listRevocations(r *request) (any, error) {
-	in, streams := readQuery(r), strings.Contains(r.Header.Get("Accept"), "text/event-stream")
+	in, streams := readQuery(r), r.Method == http.MethodGet && strings.Contains(r.Header.Get("Accept"), "text/event-stream")
 	if id := r.Header.Get("Last-Event-ID"); streams && id != "" { // of who comes again by the same URL
 		in.values["after"] = id
 	}
 	after, wait := take(in, "after", parsed("must be the next of an answer", parsePlace)), take(in, "wait", whole(1, feedWait))
-	err := in.problem()
-	if err == nil && after == nil {
-		after, err = s.startOfFeed(r)
+	p, at, err := revocations{}, place{}, in.problem()
+	if after != nil {
+		at = *after
 	}
-	if err != nil {
-		return nil, err
+	if err == nil && at.hash == "" {
+		_, err = s.record(r, entry{event: newEvent(revocationsRead, r.caller.AgentID, facts{}), needs: []origin{r.caller.origin}})()
 	}
-	p, err := s.readOn(r.Context(), *after)
-	if r.Method != http.MethodGet || err != nil || !streams && (wait == nil || p.More || len(p.Entries) > 0) {
-		return p, err
+	switch {
+	case err != nil:
+	case streams:
+		err = s.wait(r, func() error { return s.stream(r, at) })
+	case wait != nil:
+		err = s.wait(r, func() (err error) { p, err = s.await(r, at, *wait, revocations.any); return err })
+	default:
+		p, err = s.readOn(r.Context(), at)
 	}
-	return later(func(w http.ResponseWriter) (any, error) {
-		defer s.readers.Add(-1)
-		if s.readers.Add(1) > feedRoom {
-			return nil, errBusy.because("Too many wait for revocations here; try another copy, or ask without wait.")
-		}
-		if s.draining.Load() {
-			return nil, errStopping
-		}
-		conn := http.NewResponseController(w)
-		if streams {
-			return nil, s.streamRevocations(r, w, conn, p)
-		}
-		p, err := s.awaitRevocations(r, p, time.Duration(*wait)*time.Second)
-		_ = conn.SetWriteDeadline(time.Now().Add(feedBeat))
-		return p, err
-	}), nil
+	return p, err
 }
 
-// startOfFeed records the access, and is the place from which on the log has all that is live.
-func (s *server) startOfFeed(r *request) (*place, error) {
-	_, err := s.record(r, entry{event: newEvent(revocationsRead, r.caller.AgentID, facts{}), needs: []origin{r.caller.origin}})()
+// readEvents serves who has audit:read, and reads all of the log as it grows. Who looks for
+// something in it has listEvents.
+func (s *server) readEvents(r *request) (any, error) {
+	if !r.URL.Query().Has("after") {
+		return s.listEvents(r)
+	}
+	in, size := readQuery(r), 100
+	after, wait := take(in, "after", parsed("must be 0, a seq, or the next of an answer", parsePlace)), take(in, "wait", whole(1, feedWait))
+	if limit := take(in, "limit", whole(1, feedPage)); limit != nil {
+		size = *limit
+	}
+	if err := in.problem(); err != nil {
+		return nil, err
+	}
+	grown := func(p revocations) bool { return p.Next.seq > after.seq }
+	p, err := s.readOn(r.Context(), *after)
+	if err == nil && wait != nil && !grown(p) {
+		err = s.wait(r, func() (err error) { p, err = s.await(r, *after, *wait, grown); return err })
+	}
 	if err != nil {
 		return nil, err
 	}
-	at := &place{}
-	err = s.db.QueryRow(r.Context(), `
-		select seq - 1
+	out, oldest := struct {
+		Data []event `json:"data"`
+		Next place   `json:"next"`
+	}{Next: *after}, s.oldestServed()
+	rows, _ := s.db.Query(r.Context(), `
+		select `+eventColumns+`
 		from audit_events
-		where "timestamp" >= $1
-		order by "timestamp", seq
-		limit 1`, s.now().Add(-maxTokenTTL-clockTrust)).Scan(&at.seq)
-	if err != nil {
-		return nil, fmt.Errorf("looking for what is live: %w", err)
+		where seq > $1 and seq >= (select seq from audit_events where "timestamp" >= $2 order by "timestamp", seq limit 1)
+		order by seq
+		limit $3`, after.seq, oldest, size)
+	if out.Data, err = pgx.CollectRows(rows, pgx.RowToStructByName[event]); err != nil {
+		return nil, fmt.Errorf("reading on in the log: %w", err)
 	}
-	return at, nil
+	if after.seq > 0 && grown(p) && (len(out.Data) == 0 || out.Data[0].Seq != after.seq+1) {
+		return nil, errRetention.with(map[string]any{"retentionDays": s.cfg.retentionDays, "oldest": moment{oldest}})
+	}
+	for _, e := range out.Data {
+		out.Next = placeOf(e)
+	}
+	return encodeEvents(out, out.Data...)
 }
 
 // readOn returns what is behind a place, together with all who ask at the same time.
@@ -227,55 +229,66 @@ func (s *server) readOn(ctx context.Context, at place) (revocations, error) {
 	return p, err
 }
 
-// awaitRevocations returns what comes behind the last page, once it does, or nothing when
-// the time is up or the copy stops; to a reader that may have it then. All look at the
-// same moments, so that the queue asks once for many. No fault passes for nothing.
-func (s *server) awaitRevocations(r *request, last revocations, most time.Duration) (p revocations, err error) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), most+requestTimeout)
-	defer cancel()
-	p = revocations{Entries: []revocation{}, Next: last.Next}
-	for end := time.Now().Add(most); err == nil && len(p.Entries) == 0 && !p.More && time.Now().Before(end) && !s.draining.Load(); last.More = false {
-		pause := feedEvery - time.Duration(time.Now().UnixNano())%feedEvery
-		if last.More {
-			pause = 0
-		}
+// wait lets a request do what takes long, without its place among those in flight.
+func (s *server) wait(r *request, do func() error) error {
+	defer s.readers.Add(-1)
+	if lane := s.waiting.of(r.caller.AgentID); s.readers.Add(1) <= feedRoom {
 		select {
-		case <-time.After(pause):
-			p, err = s.readOn(ctx, p.Next)
-		case <-r.Context().Done():
+		case lane <- struct{}{}:
+			defer lane.leave()
+			s.inFlight.Add(-1)
+			defer s.inFlight.Add(1)
+			defer func(begun time.Time) { r.waited = time.Since(begun) }(time.Now())
+			_ = http.NewResponseController(r.writer).SetWriteDeadline(time.Now().Add(feedWait*time.Second + feedBeat))
+			return do()
+		default:
+		}
+	}
+	return errBusy.because("Too many wait here, or of this client; try another copy, or ask without wait.")
+}
+
+// await looks, and again until it has found something, or most seconds or the token are over,
+// or the reader has gone, or the copy stops. All look at the same moments, so that the queue asks
+// once for many. No fault passes for nothing.
+func (s *server) await(r *request, at place, most int, found func(revocations) bool) (p revocations, err error) {
+	end := time.Now().Add(min(time.Duration(most)*time.Second, time.Unix(r.caller.until, 0).Sub(s.now())))
+	for {
+		r.renew()
+		p, err = s.readOn(r.Context(), at)
+		if err != nil || found(p) || time.Now().After(end) || s.draining.Load() {
+			return p, err
+		}
+		at = p.Next
+		select {
+		case <-time.After(feedEvery - time.Duration(time.Now().UnixNano())%feedEvery):
+		case <-r.connected.Done():
 			return p, nil // to nobody
 		}
 	}
-	if err == nil && s.now().Unix() >= r.caller.until {
-		err = errInvalidToken.because("The token has expired meanwhile; get a new one.")
-	}
-	if err == nil {
-		err = s.checkAlive(ctx, &r.caller)
-	}
-	return p, err
 }
 
-// streamRevocations goes on until the reader has gone, may no more, or doesn't take what
-// is written in time, or something fails (html.spec.whatwg.org, section 9.2). It says up to
-// where it has come also where nothing has happened.
-func (s *server) streamRevocations(r *request, w http.ResponseWriter, conn *http.ResponseController, p revocations) (err error) {
+// stream writes what comes as server-sent events (html.spec.whatwg.org, section 9.2), and what
+// is none after feedBeat, until the token is over, or its owner cut off, or the reader has gone or
+// doesn't take what is written in time, or something fails.
+func (s *server) stream(r *request, at place) error {
+	p, err := s.readOn(r.Context(), at)
+	if err != nil {
+		return err
+	}
 	r.out.Set("Content-Type", "text/event-stream")
 	r.out.Set("X-Accel-Buffering", "no") // nginx would keep it back until it is much
 	r.begun = true
-	for first := true; err == nil; first = false {
-		text := ": heartbeat\nid: " + p.Next.String() + "\n\n"
-		if first || p.More || len(p.Entries) > 0 {
-			data, err := json.Marshal(p)
-			if err != nil {
-				return err
-			}
-			text = "id: " + p.Next.String() + "\ndata: " + string(data) + "\n\n"
-		}
+	conn := http.NewResponseController(r.writer)
+	for err == nil && s.now().Unix() < r.caller.until {
+		data, _ := json.Marshal(p)
 		_ = conn.SetWriteDeadline(time.Now().Add(feedBeat))
-		if _, err := io.WriteString(w, text); err != nil || conn.Flush() != nil || s.draining.Load() || r.Context().Err() != nil {
+		_, gone := fmt.Fprintf(r.writer, "id: %s\ndata: %s\n\n", p.Next, data)
+		if gone != nil || conn.Flush() != nil || r.connected.Err() != nil || s.draining.Load() {
 			return nil
 		}
-		p, err = s.awaitRevocations(r, p, feedBeat)
+		if p, err = s.await(r, p.Next, int(feedBeat/time.Second), revocations.any); err == nil {
+			err = s.checkAlive(r.Context(), &r.caller)
+		}
 	}
 	return err
 }

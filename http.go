@@ -40,14 +40,13 @@ type request struct {
 	caller caller
 	inUse  string         // an assertion that it has shown, which is good once
 	tells  map[string]any // what the event of a refusal says, beside who and why
-	waited time.Duration  // for an answer that was yet to come
-	begun  bool           // an answer that has no end of its own
-}
 
-// A later is what a handler returns whose answer is yet to come. It is waited for without
-// the deadline and the place that a request has; what it needs of a store it asks with a
-// deadline of its own. The context of the request then ends when the client has gone.
-type later func(http.ResponseWriter) (any, error)
+	connected context.Context     // until the client has gone
+	renew     func()              // the time that it has, after a wait
+	writer    http.ResponseWriter // for an answer that is written as it comes
+	begun     bool                // that this is
+	waited    time.Duration
+}
 
 // A route is what can be called, by whom, and how. Who identifies the caller,
 // counts the request for its limit, and refuses it where it must. Handle
@@ -165,7 +164,7 @@ func (s *server) allowOrigin(w http.ResponseWriter, r *http.Request) (preflight 
 		return false
 	}
 	h.Set("Access-Control-Allow-Methods", "GET, POST, PATCH, DELETE")
-	h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, DPoP, MCP-Protocol-Version, X-Request-Id")
+	h.Set("Access-Control-Allow-Headers", "Authorization, Content-Type, DPoP, Last-Event-ID, MCP-Protocol-Version, X-Request-Id")
 	h.Set("Access-Control-Max-Age", "600")
 	return true
 }
@@ -191,9 +190,7 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 	if s.draining.Load() { // also where the request has begun before
 		r.out.Set("Connection", "close")
 	}
-	if r.begun {
-		status = rt.success // of which that was the end
-	} else {
+	if !r.begun {
 		respond(w, status, body)
 	}
 	route := `route="` + rt.pattern + `"`
@@ -217,7 +214,7 @@ func (s *server) answer(rt route, w http.ResponseWriter, in *http.Request) {
 // place, and outlives no check. What has begun then is finished, also when the
 // client has gone: it may have been acknowledged to somebody else.
 func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error) {
-	rt, connected := r.route, r.Request
+	rt := r.route
 	defer func() {
 		if p := recover(); p != nil {
 			slog.Error("panic", "requestId", r.id, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
@@ -230,29 +227,22 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 	if rt.who == nil {
 		return rt.handle(r)
 	}
-	body, err = s.handleInTime(w, r)
-	if wait, ok := body.(later); ok && err == nil {
-		begun := time.Now()
-		r.Request = connected
-		body, err = wait(w)
-		r.waited = time.Since(begun)
-	}
-	return body, err
-}
-
-// handleInTime is that for who has to prove itself, within the time and the places that
-// there are.
-func (s *server) handleInTime(w http.ResponseWriter, r *request) (body any, err error) {
-	rt := r.route
 	if err = s.readBody(w, r); err == nil && rt.form == oauth {
 		err = r.parseForm()
 	}
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), requestTimeout)
-	defer cancel()
-	r.Request = r.WithContext(ctx)
+	cancel := func() {}
+	defer func() { cancel() }()
+	r.connected, r.writer = r.Context(), w
+	r.renew = func() {
+		cancel()
+		var ctx context.Context
+		ctx, cancel = context.WithTimeout(context.WithoutCancel(r.connected), requestTimeout)
+		r.Request = r.WithContext(ctx)
+	}
+	r.renew()
 	defer func() { s.inFlight.Add(-1); s.inUse.Delete(r.inUse) }()
 	if s.inFlight.Add(1) > maxInFlight {
 		return nil, errBusy
@@ -261,13 +251,13 @@ func (s *server) handleInTime(w http.ResponseWriter, r *request) (body any, err 
 		begun := time.Now()
 		body, err = rt.handle(r)
 		if err == nil && rt.records == "" && time.Since(begun) > readTime { // who waited may have been cut off meanwhile
-			err = s.checkAlive(ctx, &r.caller)
+			err = s.checkAlive(r.Context(), &r.caller)
 		}
 	}
 	err = s.recordRefusal(r, err)
 	p, isProblem := errors.AsType[*problem](err)
 	if isFault := err != nil && (!isProblem || p.status == http.StatusServiceUnavailable); isFault && r.caller.proof.kept && (rt.form == oauth || rt.records == "") {
-		s.redis.giveBack(ctx, r.caller.proof.key()) // it may be sent again as it is
+		s.redis.giveBack(r.Context(), r.caller.proof.key()) // it may be sent again as it is
 	}
 	return body, err
 }

@@ -231,7 +231,8 @@ type server struct {
 	signers  *queue[shown, []client]
 	lives    *queue[origin, life]
 	feed     *queue[place, revocations]
-	readers  atomic.Int64 // that wait for it
+	waiting  *lanes       // for readers of that, by client
+	readers  atomic.Int64 // that wait
 	meter    *meter
 	postgres pulse // beats with each commit of the recorder, and of the keeper where there is none
 	clock    atomic.Pointer[reading]
@@ -264,7 +265,7 @@ func (s *server) routes() []route {
 		{"GET /api/v1/revocations", 200, s.bearer(tokensRead), s.listRevocations, rest, ""},
 		{"GET /api/v1/authorize", 200, public, refuse(errNoRedirect), oauth, ""},
 
-		{"GET /api/v1/audit", 200, s.bearer(auditRead), s.listEvents, rest, ""},
+		{"GET /api/v1/audit", 200, s.bearer(auditRead), s.readEvents, rest, ""},
 		{"GET /api/v1/audit/verify", 200, s.bearer(auditRead), s.verifyEvents, rest, ""},
 		{"GET /api/v1/audit/{eventId}", 200, s.bearer(auditRead), s.getEvent, rest, ""},
 
@@ -288,7 +289,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), rooms: newLanes(maxInRoom), lanes: newLanes(1)}
+	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), rooms: newLanes(maxInRoom), lanes: newLanes(1), waiting: newLanes(feedRoomOf)}
 	s.recorder = newQueue(s.storeEvents)
 	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]client, error) {
 		return loadSecretOwners(ctx, inner, shown)

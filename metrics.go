@@ -129,7 +129,7 @@ func (s *server) showMetrics(w http.ResponseWriter, _ *http.Request) {
 	counted("counter", "agentidp_http_requests_total", "Requests answered, by pattern of the route and status.")
 	counted("histogram", "agentidp_http_request_duration_seconds", "Time from a request's header to its answer, without what it asked to wait.")
 	number("gauge", "agentidp_http_requests_in_flight", "Requests at work that may wait for a store.", s.inFlight.Load())
-	number("gauge", "agentidp_feed_readers", "Readers that wait for revocations.", s.readers.Load())
+	number("gauge", "agentidp_feed_readers", "Readers that wait for revocations or events.", s.readers.Load())
 	counted("counter", "agentidp_refusals_total", "Answers that were an error, by its code.", `reason="invalid_client"`, `reason="invalid_token"`)
 	counted("counter", "agentidp_limit_rejections_total", "Requests that a limit refused.", `limit="address"`, `limit="client"`, `limit="quota"`)
 	counted("counter", "agentidp_tokens_issued_total", "Access tokens issued.", "")

@@ -265,8 +265,9 @@ func (s *server) clockDistance() time.Duration {
 // bytes in text must have the form that pgx reads. Each statement of a transaction
 // has to see what was committed before it: else the head of the audit chain would
 // be that of before its lock, and the chain would fork. A copy that stops for good
-// in the middle of a transaction gives back its locks. The old time-out holds
-// until the first of them has ended, so that is sent by itself.
+// in the middle of a transaction gives back its locks. Nothing of ours runs for so
+// long that compiling it gains. The old time-out holds until the first of them has
+// ended, so that is sent by itself.
 const settings = `
 	set synchronous_commit = on;
 	set search_path = public, pg_temp;
@@ -279,7 +280,8 @@ const settings = `
 	set datestyle = 'ISO, YMD';
 	set timezone = 'UTC';
 	set bytea_output = 'hex';
-	set array_nulls = on;`
+	set array_nulls = on;
+	set jit = off;`
 
 // openPools makes the pool for requests, and one that requests must not hold
 // up. What the latter asks is always the same, so it is planned once.

@@ -354,7 +354,7 @@ func TestBrowsersMayCallOnlyFromTheirOrigin(t *testing.T) {
 			}
 			methods := a.header.Get("Access-Control-Allow-Methods")
 			if row.status == 204 && (!strings.Contains(methods, "PATCH") || !strings.Contains(methods, "DELETE") ||
-				a.header.Get("Access-Control-Allow-Headers") != "Authorization, Content-Type, DPoP, MCP-Protocol-Version, X-Request-Id") {
+				a.header.Get("Access-Control-Allow-Headers") != "Authorization, Content-Type, DPoP, Last-Event-ID, MCP-Protocol-Version, X-Request-Id") {
 				t.Errorf("a preflight is answered with %v", a.header)
 			}
 		})

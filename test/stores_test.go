@@ -36,7 +36,7 @@ var hostileSettings = map[string]string{
 	"timezone": "Asia/Kolkata", "client_encoding": "LATIN1", "standard_conforming_strings": "off",
 	"default_transaction_isolation": "serializable", "intervalstyle": "sql_standard", "extra_float_digits": "-10",
 	"idle_in_transaction_session_timeout": "1ms", "idle_session_timeout": "300ms", "lock_timeout": "1ms", "statement_timeout": "50ms",
-	"array_nulls": "off",
+	"array_nulls": "off", "jit": "on",
 }
 
 // ownSettings are what our sessions have all the same.
@@ -44,7 +44,7 @@ var ownSettings = map[string]string{
 	"synchronous_commit": "on", "search_path": "public, pg_temp", "DateStyle": "ISO, YMD", "bytea_output": "hex", "TimeZone": "UTC",
 	"default_transaction_isolation": "read committed", "transaction_isolation": "read committed", "statement_timeout": "0", "lock_timeout": "0",
 	"idle_session_timeout": "0", "idle_in_transaction_session_timeout": "5s", "client_encoding": "UTF8", "standard_conforming_strings": "on",
-	"array_nulls": "on",
+	"array_nulls": "on", "jit": "off",
 }
 
 func TestOurSessionsAreOursWhateverRoleDatabaseAndURLSay(t *testing.T) {
