@@ -89,6 +89,8 @@ const usage = `AgentIdP is an identity provider for AI agents.
   agentidp recover EMAIL              the same though there are others, whose secrets are lost or that are locked out
   agentidp verify-audit [CHECKPOINT]  check the audit log, also against a checkpoint kept elsewhere
   agentidp audit-export [FROM_SEQ]    print the audit log as JSON lines while it is checked, and a checkpoint behind it
+  agentidp audit-export -follow [FROM_SEQ]
+                                      the same without a checkpoint, and then what comes, until SIGTERM
   agentidp keygen [RS256 | ES256]     print a new signing key, RSA of 2048 bits or P-256
   agentidp keygen client              print a new key of a client, P-256, and behind it the JWK to register
   agentidp healthcheck                ask the server on this machine for its health
@@ -144,14 +146,12 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 		}
 	case len(args) == 2 && (args[0] == "bootstrap" || args[0] == "recover"):
 		do = func(s *server) error { return s.bootstrap(ctx, args[1], args[0] == "recover", stdout) }
-	case len(args) <= 2 && args[0] == "verify-audit" && args[len(args)-1] != "":
-		do = func(s *server) error { return s.verifyAudit(ctx, strings.Join(args[1:], ""), stdout, progress(stderr)) }
-	case len(args) <= 2 && args[0] == "audit-export":
-		from, err := parseWhole(1, 1<<53)(strings.Join(append(args[1:], "1")[:1], ""))
+	case args[0] == "verify-audit" || args[0] == "audit-export":
+		q, err := readInquiry(args)
 		if err != nil {
-			return errors.New("FROM_SEQ must be a whole number, from 1")
+			return fmt.Errorf("%s: %w; -h lists all", args[0], err)
 		}
-		do = func(s *server) error { return s.exportAudit(ctx, int64(from), stdout) }
+		do = func(s *server) error { return s.inquire(ctx, q, stdout, progress(stderr)) }
 	default:
 		if _, operands, ok := strings.Cut(usage, "\n  agentidp "+args[0]+" "); ok && args[0] != "" {
 			return fmt.Errorf("%q is not with these operands, but: %s %s; -h lists all", args, args[0], strings.SplitN(operands, "\n", 2)[0])

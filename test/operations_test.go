@@ -421,7 +421,7 @@ func TestExportIsWhatTheAPIServes(t *testing.T) {
 	}
 	for from, want := range map[string]string{
 		fmt.Sprint(len(chain) + 1): "beyond the end", "1000000": "beyond the end",
-		"0": "FROM_SEQ", "-1": "FROM_SEQ", "x": "FROM_SEQ", "01": "FROM_SEQ", "": "FROM_SEQ",
+		"0": "FROM_SEQ", "-1": "-1", "x": "FROM_SEQ", "01": "FROM_SEQ", "": "FROM_SEQ",
 	} {
 		if lines, err := v.export(from); err == nil || !strings.Contains(err.Error(), want) || lines[0] != "" {
 			t.Errorf("audit-export %q = %q, %v, want an error of %s", from, lines, err, want)
