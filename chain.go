@@ -43,6 +43,11 @@ type digest []byte
 
 func (d digest) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(d)), nil }
 
+func (d *digest) UnmarshalText(text []byte) (err error) {
+	*d, err = hex.DecodeString(string(text))
+	return err
+}
+
 // rawJSON is what a json column holds, byte for byte: pgx would trim spaces. So
 // would json.Marshal, for which it is null, until encodeEvents puts it in.
 type rawJSON []byte
@@ -53,6 +58,8 @@ func (j *rawJSON) ScanBytes(b []byte) error {
 	*j = bytes.Clone(b)
 	return nil
 }
+
+func (j *rawJSON) UnmarshalJSON(b []byte) error { return j.ScanBytes(b) }
 
 // encodeEvents returns v, in which these events are, as JSON. Their metadata is
 // as it was stored, or a checker outside would find another hash.

@@ -3,7 +3,9 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -17,36 +19,35 @@ import (
 
 // An inquiry is what the command verify-audit or audit-export is asked for.
 type inquiry struct {
-	export     bool
-	checkpoint string // to be extended; "" is none
-	from       int64
-	follow     bool
+	export, follow bool
+	file, jwks     string // what was exported, and the keys; "" is by the database
+	checkpoint     string // to be extended; "" is none
+	from           int64
 }
 
 // readInquiry reads the arguments of a command: flags, and one operand.
 func readInquiry(args []string) (q inquiry, err error) {
-	q.export, q.from = args[0] == "audit-export", 1
 	flags := flag.NewFlagSet("", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
-	if q.export {
+	if q.export = args[0] == "audit-export"; q.export {
 		flags.BoolVar(&q.follow, "follow", false, "")
+	} else {
+		flags.StringVar(&q.file, "file", "", "")
+		flags.StringVar(&q.jwks, "jwks", "", "")
 	}
 	err = flags.Parse(args[1:])
-	operand := flags.Arg(0)
+	from, noSeq := parseWhole(1, 1<<53)(append(flags.Args(), "1")[0])
+	q.checkpoint, q.from = flags.Arg(0), int64(from)
 	switch {
 	case err != nil:
 	case flags.NArg() > 1:
 		err = fmt.Errorf("%q are too many operands; flags stand before one", flags.Args())
-	case flags.NArg() == 0:
-	case operand == "" && !q.export:
+	case q.export && noSeq != nil:
+		err = errors.New("FROM_SEQ must be a whole number, from 1")
+	case !q.export && flags.NArg() == 1 && q.checkpoint == "":
 		err = errors.New("CHECKPOINT is empty")
-	case q.export:
-		from, wrong := parseWhole(1, 1<<53)(operand)
-		if q.from = int64(from); wrong != nil {
-			err = errors.New("FROM_SEQ must be a whole number, from 1")
-		}
-	default:
-		q.checkpoint = operand
+	case !q.export && flags.NFlag() > 0 && (q.file == "" || q.jwks == ""):
+		err = errors.New("-file and -jwks must both name a file")
 	}
 	return q, err
 }
@@ -58,35 +59,41 @@ func (s *server) inquire(ctx context.Context, q inquiry, stdout io.Writer, progr
 	case q.export:
 		return s.exportAudit(ctx, q.from, stdout)
 	}
-	return s.verifyAudit(ctx, q.checkpoint, stdout, progress)
+	return q.verifyAudit(s.keys.Load(), stdout, func(cp *checkpoint) (chainReport, string, error) {
+		report, err := s.verifyChain(ctx, 1, 1<<60, cp, progress)
+		return report, s.cfg.issuer, err
+	})
 }
 
 const altered = "the audit log was altered: the first bad seq is %d"
 
-// verifyAudit reads the whole chain and says whether it is as it was written,
-// and whether it extends a checkpoint kept elsewhere.
-func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Writer, progress func(*event) error) error {
+// verifyAudit has a chain read whole, and says whether it is as it was written, of which
+// issuer, and whether it extends a checkpoint kept elsewhere.
+func (q inquiry) verifyAudit(keys *keyset, stdout io.Writer, read func(*checkpoint) (chainReport, string, error)) error {
 	var cp *checkpoint
-	if signed != "" {
+	if q.checkpoint != "" {
 		cp = &checkpoint{}
-		if s.keys.Load().open(auditCheckpoint, signed, cp) != nil {
-			return errors.New("this is no checkpoint that a key here signed: is it whole, is the key of its time in JWT_PUBLIC_KEY?")
-		}
-		if cp.Issuer != s.cfg.issuer {
-			return fmt.Errorf("this is no checkpoint of this issuer: it is of %q, and ISSUER is %q", cp.Issuer, s.cfg.issuer)
+		if keys.open(auditCheckpoint, q.checkpoint, cp) != nil {
+			return errors.New("this is no checkpoint that a key here signed: is it whole, is the key of its time in JWT_PUBLIC_KEY, or in the file of -jwks?")
 		}
 	}
-	report, err := s.verifyChain(ctx, 1, 1<<60, cp, progress)
-	if err != nil {
+	report, issuer, err := read(cp)
+	switch {
+	case err != nil:
 		return err
-	}
-	if cp != nil && cp.Seq < report.FromSeq {
+	case cp != nil && cp.Issuer != issuer:
+		return fmt.Errorf("this is no checkpoint of this issuer: it is of %q, and the log of %q", cp.Issuer, issuer)
+	case cp != nil && cp.Seq < report.FromSeq && !report.linked:
 		return fmt.Errorf("the log begins at seq %d, after the checkpoint at %d: use a later one if what was before is dropped for its age; else the log was altered", report.FromSeq, cp.Seq)
-	}
-	if !report.Verified {
+	case !report.Verified:
 		return fmt.Errorf(altered, report.FirstBadSeq)
+	case cp != nil && cp.Seq > report.HeadSeq:
+		return fmt.Errorf("the export ends at seq %d, before the checkpoint at %d: use an earlier one, or a later export", report.HeadSeq, cp.Seq)
 	}
-	fmt.Fprintf(stdout, "verified: %d events, from seq %d to %d\n", report.Events, report.FromSeq, report.HeadSeq)
+	fmt.Fprintf(stdout, "verified: %d events, from seq %d to %d\nissuer: %s\n", report.Events, report.FromSeq, report.HeadSeq, issuer)
+	if report.FromSeq > 1 {
+		fmt.Fprintf(stdout, "nothing is said of what was before seq %d\n", report.FromSeq)
+	}
 	if cp != nil {
 		fmt.Fprintf(stdout, "extends the checkpoint at seq %d\n", cp.Seq)
 	}
@@ -94,6 +101,78 @@ func (s *server) verifyAudit(ctx context.Context, signed string, stdout io.Write
 		fmt.Fprintf(stdout, "checkpoint: %s\n", *report.Checkpoint)
 	}
 	return nil
+}
+
+// verifyFile does so with what audit-export has printed, by the keys as they are published.
+func (q inquiry) verifyFile(stdout io.Writer) error {
+	var set map[string]any
+	text, err := os.ReadFile(q.jwks)
+	if err == nil {
+		err = json.Unmarshal(text, &set)
+	}
+	keys := &keyset{}
+	for _, k := range usable(set) {
+		if public, err := k.public(); err == nil {
+			_ = keys.add(public) // one that can't be ours has signed nothing here
+		}
+	}
+	if err != nil || keys.public == nil {
+		return fmt.Errorf("reading the keys of -jwks: %w", cmp.Or(err, errors.New("there is none; GET /.well-known/jwks.json answers them")))
+	}
+	in := os.Stdin
+	if q.file != "-" {
+		if in, err = os.Open(q.file); err != nil {
+			return err
+		}
+		defer in.Close()
+	}
+	return q.verifyAudit(keys, stdout, func(cp *checkpoint) (chainReport, string, error) { return readExport(in, keys, cp) })
+}
+
+// readExport checks what was exported, a line at a time, and returns its issuer too. A line has to be
+// what is printed of its event, byte for byte, and the last one the checkpoint of the last event.
+func readExport(in io.Reader, keys *keyset, cp *checkpoint) (report chainReport, issuer string, err error) {
+	var end struct{ Checkpoint string }
+	var last checkpoint
+	lines := bufio.NewReaderSize(in, 1<<20)
+	for n := 1; ; n++ {
+		line, err := lines.ReadSlice('\n')
+		if errors.Is(err, io.EOF) {
+			return report, "", fmt.Errorf("line %d is missing or cut off: an export ends with a checkpoint", n)
+		}
+		var e event
+		_ = json.Unmarshal(line, &e) // what can't be read is not what is printed, either
+		if printed, _ := encodeEvents(e, e); e.Seq < 1 || !bytes.Equal(line, printed) {
+			_ = json.Unmarshal(line, &end)
+			if string(line) != `{"checkpoint":"`+end.Checkpoint+"\"}\n" || keys.open(auditCheckpoint, end.Checkpoint, &last) != nil {
+				return report, "", fmt.Errorf("line %d is neither an event as it is printed, nor a checkpoint that a key of -jwks signed", n)
+			}
+			if _, err := lines.ReadByte(); !errors.Is(err, io.EOF) {
+				return report, "", fmt.Errorf("line %d is behind the checkpoint, with which an export ends", n+1)
+			}
+			break
+		}
+		if n == 1 {
+			report = chainReport{FromSeq: e.Seq, HeadSeq: e.Seq - 1, HeadHash: e.PrevHash}
+			if e.Seq == 1 {
+				report.HeadHash = make(digest, sha256.Size)
+			} else if report.linked = cp != nil && cp.Seq == e.Seq-1; report.linked {
+				report.HeadHash, _ = hex.DecodeString(cp.Hash)
+			}
+		}
+		if report.FirstBadSeq == 0 {
+			report.extend(&e, 0, time.Time{}, cp)
+		}
+	}
+	switch {
+	case report.FirstBadSeq != 0:
+	case last.Seq != report.HeadSeq:
+		report.FirstBadSeq = min(last.Seq, report.HeadSeq) + 1
+	case last.Hash != hex.EncodeToString(report.HeadHash):
+		report.FirstBadSeq = last.Seq
+	}
+	report.Verified, report.Checkpoint = report.FirstBadSeq == 0, &end.Checkpoint
+	return report, last.Issuer, nil
 }
 
 // exportAudit prints the events from a seq on, one a line as they are served,
@@ -130,26 +209,26 @@ func printEvent(out io.Writer, e *event) error {
 func (s *server) followAudit(ctx context.Context, from int64, stdout io.Writer) error {
 	out, last, down := bufio.NewWriter(stdout), checkpoint{}, false
 	for {
-		var held *checkpoint
-		if last.Seq > 0 {
-			held, from = &checkpoint{Seq: last.Seq, Hash: last.Hash}, last.Seq
-		}
 		var failed error // in printing; what else fails is PostgreSQL's
+		held := last     // of seq 0, which demands nothing, at first
 		reading, cancel := context.WithCancel(ctx)
 		hangs := time.AfterFunc(requestTimeout, cancel)
-		report, err := s.verifyChain(reading, from, 1<<60, held, func(e *event) error {
+		report, err := s.verifyChain(reading, from, 1<<60, &held, func(e *event) error {
 			hangs.Stop() // who reads what is printed may take its time
 			defer hangs.Reset(requestTimeout)
-			if e.Seq > last.Seq {
-				failed, last = printEvent(out, e), checkpoint{Seq: e.Seq, Hash: hex.EncodeToString(e.Hash)}
+			if held.Seq > 0 && e.Seq > last.Seq+1 { // the log begins behind it
+				failed = fmt.Errorf(altered, last.Seq)
+			} else if e.Seq > held.Seq {
+				failed = printEvent(out, e)
 			}
+			last = checkpoint{Seq: e.Seq, Hash: hex.EncodeToString(e.Hash)}
 			return failed
 		})
 		cancel()
-		if failed = errors.Join(failed, out.Flush()); failed != nil {
-			return failed
-		}
+		failed = errors.Join(failed, out.Flush())
 		switch {
+		case failed != nil:
+			return failed
 		case err != nil && !down && ctx.Err() == nil:
 			slog.Warn("waiting for PostgreSQL", "error", err)
 		case err == nil && !report.Verified:
@@ -159,7 +238,9 @@ func (s *server) followAudit(ctx context.Context, from int64, stdout io.Writer) 
 		case err == nil && report.Events == 0 && from > 1:
 			return fmt.Errorf("seq %d is beyond the end of the log", from)
 		}
-		down = err != nil
+		if down = err != nil; last.Seq > 0 {
+			from = last.Seq
+		}
 		select {
 		case <-time.After(feedEvery):
 		case <-ctx.Done():

@@ -88,6 +88,8 @@ const usage = `AgentIdP is an identity provider for AI agents.
   agentidp bootstrap EMAIL            register the first agent, print its client_id and client_secret
   agentidp recover EMAIL              the same though there are others, whose secrets are lost or that are locked out
   agentidp verify-audit [CHECKPOINT]  check the audit log, also against a checkpoint kept elsewhere
+  agentidp verify-audit -file EXPORT -jwks FILE [CHECKPOINT]
+                                      check what audit-export printed, by what /.well-known/jwks.json answers, and nothing else
   agentidp audit-export [FROM_SEQ]    print the audit log as JSON lines while it is checked, and a checkpoint behind it
   agentidp audit-export -follow [FROM_SEQ]
                                       the same without a checkpoint, and then what comes, until SIGTERM
@@ -148,8 +150,11 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 		do = func(s *server) error { return s.bootstrap(ctx, args[1], args[0] == "recover", stdout) }
 	case args[0] == "verify-audit" || args[0] == "audit-export":
 		q, err := readInquiry(args)
-		if err != nil {
+		switch {
+		case err != nil:
 			return fmt.Errorf("%s: %w; -h lists all", args[0], err)
+		case q.file != "":
+			return q.verifyFile(stdout)
 		}
 		do = func(s *server) error { return s.inquire(ctx, q, stdout, progress(stderr)) }
 	default:

@@ -1233,7 +1233,7 @@ func TestPagesHaveEveryLogLine(t *testing.T) {
 }
 
 // commands are the functions whose errors are what the program gives up with.
-var commands = []string{"run", "checkHealth", "loadConfig", "read", "open", "serve", "bootstrap", "verifyAudit", "exportAudit", "followAudit", "printEvent", "readInquiry"}
+var commands = []string{"run", "checkHealth", "loadConfig", "read", "open", "serve", "bootstrap", "verifyAudit", "exportAudit", "followAudit", "printEvent", "readInquiry", "verifyFile", "readExport"}
 
 var verb = regexp.MustCompile(`%[a-z]`)
 

@@ -1,15 +1,20 @@
 package test
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // What leaves the house: an export that goes on, one that is checked by whoever has it, and a part of one.
@@ -223,10 +228,291 @@ func TestEvidenceCommandsRefuseBadArguments(t *testing.T) {
 		{"-follow", []string{"audit-export", "-follow=maybe"}},
 		{"FROM_SEQ", []string{"audit-export", "--follow", "0"}},
 		{"FROM_SEQ", []string{"audit-export", ""}},
+		{"-file and -jwks", []string{"verify-audit", "-file", "x"}},
+		{"-file and -jwks", []string{"verify-audit", "-jwks", "x"}},
+		{"-file and -jwks", []string{"verify-audit", "-file", "", "-jwks", "x"}},
+		{"-file and -jwks", []string{"verify-audit", "-file=", "-jwks=", "x"}},
+		{"too many", []string{"verify-audit", "-file", "x", "-jwks", "x", "y", "z"}},
+		{"CHECKPOINT is empty", []string{"verify-audit", "-file", "x", "-jwks", "x", ""}},
+		{"-file", []string{"audit-export", "-file", "x", "-jwks", "x"}},
+		{"-file", []string{"verify-audit", "-file"}},
 	} {
 		_, err := command(t.Context(), env, testLog, row.args...)
 		if err == nil || !strings.Contains(err.Error(), row.want) || !regexp.MustCompile(`^`+row.args[0]+`: .*; -h lists all$`).MatchString(err.Error()) {
 			t.Errorf("%q = %v, want an error of %s that tells of -h", row.args, err, row.want)
+		}
+	}
+}
+
+// A witness has an export and the keys as they are published, and nothing else.
+type witness struct {
+	t      *testing.T
+	folder string
+	jwks   string
+}
+
+func newWitness(v *service) *witness {
+	v.t.Helper()
+	w := &witness{t: v.t.(*testing.T), folder: v.t.TempDir()}
+	w.jwks = w.file("jwks", v.want(v.do("GET", "/.well-known/jwks.json", ""), 200, "").raw)
+	return w
+}
+
+func (w *witness) file(name, text string) string {
+	w.t.Helper()
+	name = filepath.Join(w.folder, name)
+	if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
+	return name
+}
+
+// checks runs verify-audit without a variable of the environment.
+func (w *witness) checks(export string, checkpoint ...string) (out string, err error) {
+	w.t.Helper()
+	return command(w.t.Context(), nil, testLog, append([]string{"verify-audit", "--file", w.file("export", export), "--jwks", w.jwks}, checkpoint...)...)
+}
+
+// hashedAnew are lines in which from a place on the links and hashes are right again.
+func hashedAnew(t *testing.T, lines []string, from int) []string {
+	t.Helper()
+	for i := from; i < len(lines)-1; i++ {
+		var e, before servedEvent
+		err := json.Unmarshal([]byte(lines[i]), &e)
+		if i > from {
+			err = errors.Join(err, json.Unmarshal([]byte(lines[i-1]), &before))
+			lines[i] = strings.Replace(lines[i], e.PrevHash, before.Hash, 1)
+			e.PrevHash = before.Hash
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines[i] = strings.Replace(lines[i], e.Hash+`"}`, e.documentedHash()+`"}`, 1)
+	}
+	return lines
+}
+
+func TestExportIsCheckedByWhoeverHasIt(t *testing.T) {
+	t.Parallel()
+	v := newService(t, "JWT_PUBLIC_KEY", publicPEM(t, ellipticKey()))
+	id, secret := v.newClient("resumes:read")
+	for _, agent := range []string{"<b>&amp;\u2028", "Ünï \"quoted\" \\", ""} {
+		v.do("POST", "/api/v1/token", "grant_type=client_credentials", "Authorization", basic(id, secret), "Content-Type", formType, "User-Agent", agent)
+	}
+	early := v.checkpoint()
+	v.active(v.token(id, secret, ""))
+	all, err := v.export()
+	if err != nil || len(all) < 9 {
+		t.Fatalf("audit-export = %q, %v", all, err)
+	}
+	w, n := newWitness(v), len(all)-1
+	now := checkpointLine.FindStringSubmatch(all[n])[1]
+	text := func(lines []string) string { return strings.Join(lines, "\n") + "\n" }
+	at := func(seq int) string { // a checkpoint of a seq
+		t.Helper()
+		var e servedEvent
+		if err := json.Unmarshal([]byte(all[seq-1]), &e); err != nil {
+			t.Fatal(err)
+		}
+		return sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, checkpoint{v.env["ISSUER"], e.Seq, e.Hash, time.Now().Unix()})
+	}
+	for _, row := range []struct {
+		name, export, checkpoint, want string
+	}{
+		{"whole", text(all), "", ""},
+		{"whole, held to its own checkpoint", text(all), now, fmt.Sprintf("extends the checkpoint at seq %d\n", n)},
+		{"whole, held to one of before", text(all), early, "extends the checkpoint at seq "},
+		{"whole, held to the first", text(all), at(1), "extends the checkpoint at seq 1\n"},
+		{"from the third on", text(all[2:]), "", "nothing is said of what was before seq 3\n"},
+		{"from the third on, held to that", text(all[2:]), at(3), "extends the checkpoint at seq 3\n"},
+		{"from the third on, held to the second", text(all[2:]), at(2), "extends the checkpoint at seq 2\n"},
+		{"the last alone", text(all[n-1:]), at(n - 1), fmt.Sprintf("extends the checkpoint at seq %d\n", n-1)},
+	} {
+		args := strings.Fields(row.checkpoint)
+		out, err := w.checks(row.export, args...)
+		events := strings.Count(row.export, "\n") - 1
+		want := fmt.Sprintf("verified: %d events, from seq %d to %d\nissuer: %s\n", events, n-events+1, n, v.env["ISSUER"])
+		if err != nil || !strings.HasPrefix(out, want) || !strings.Contains(out, row.want) || !strings.HasSuffix(out, "\ncheckpoint: "+now+"\n") ||
+			strings.Contains(out, "nothing is said") != (events < n) || strings.Contains(out, "extends") != (row.checkpoint != "") {
+			t.Errorf("%s: verify-audit = %q, %v, want %q and %q", row.name, out, err, want, row.want)
+		}
+	}
+	// On standard input, and with another key that signs.
+	piped := (&program{service: &service{t: t}}).build("verify-audit", "-file=-", "-jwks="+w.jwks)
+	piped.Stdin = strings.NewReader(text(all))
+	if out, err := piped.CombinedOutput(); err != nil || !strings.HasPrefix(string(out), fmt.Sprintf("verified: %d events", n)) {
+		t.Errorf("verify-audit of standard input = %q, %v", out, err)
+	}
+	u := *v
+	u.env = maps.Clone(v.env)
+	u.env["JWT_PRIVATE_KEY"], u.env["JWT_PUBLIC_KEY"] = ellipticKey(), publicPEM(t, testKey())
+	if lines, err := u.export("2"); err != nil {
+		t.Error(err)
+	} else if out, err := w.checks(text(lines), now); err != nil {
+		t.Errorf("verify-audit of what another key signed = %q, %v", out, err)
+	}
+
+	bad := func(seq int) string { return fmt.Sprintf("the first bad seq is %d", seq) }
+	line := func(n int) string { return fmt.Sprintf("line %d ", n) }
+	edit := func(old, new string) func([]string) []string { // the fifth
+		return func(lines []string) []string {
+			was := lines[4]
+			if lines[4] = regexp.MustCompile(old).ReplaceAllString(was, new); lines[4] == was {
+				t.Fatalf("%s is not in %s", old, was)
+			}
+			return lines
+		}
+	}
+	signed := func(cp checkpoint) string {
+		return `{"checkpoint":"` + sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, cp) + `"}`
+	}
+	last := func(cp string) func([]string) []string {
+		return func(lines []string) []string { lines[n] = cp; return lines }
+	}
+	good := checkpoint{v.env["ISSUER"], int64(n), regexp.MustCompile(`[0-9a-f]{64}`).FindAllString(all[n-1], 2)[1], 1}
+	other, stranger := newService(t, "ISSUER", v.env["ISSUER"]+"/other"), newService(t, "JWT_PRIVATE_KEY", secondKey())
+	for len(other.chain()) < n {
+		other.active(other.bearer)
+	}
+	strange, err := stranger.export()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		name, checkpoint string
+		alter            func([]string) []string
+		want             string
+	}{
+		{"eventId", "", edit(`("eventId":"[^"]*)[0-9a-f]"`, `${1}x"`), bad(5)},
+		{"seq", "", edit(`"seq":5`, `"seq":6`), bad(5)},
+		{"a seq that is no number", "", edit(`"seq":5`, `"seq":"5"`), line(5)},
+		{"seq null", "", edit(`"seq":5`, `"seq":null`), line(5)},
+		{"agentId", "", edit(`("agentId":)"[^"]*"`, `${1}"`+newID()+`"`), bad(5)},
+		{"agentId null", "", edit(`("agentId":)"[^"]*"`, `${1}null`), bad(5)},
+		{"agentId empty", "", edit(`("agentId":)"[^"]*"`, `${1}""`), bad(5)},
+		{"actorId", "", edit(`("actorId":)"[^"]*"`, `${1}"`+newID()+`"`), bad(5)},
+		{"action", "", edit(`"token.issued"`, `"token.revoked"`), bad(5)},
+		{"outcome", "", edit(`"success"`, `"failure"`), bad(5)},
+		{"ipAddress", "", edit(`"ipAddress":"[^"]*"`, `"ipAddress":"10.0.0.1"`), bad(5)},
+		{"userAgent", "", edit(`("userAgent":")`, `${1}x`), bad(5)},
+		{"metadata", "", edit(`("requestId":")`, `${1}x`), bad(5)},
+		{"metadata with a member more", "", edit(`("metadata":\{)`, `${1}"x":1,`), bad(5)},
+		{"metadata with a member twice", "", edit(`("metadata":\{)("credentialId":"[^"]*")`, `${1}${2},${2}`), bad(5)},
+		{"timestamp", "", edit(`("timestamp":"[0-9]*)-(..)`, `${1}-01`), bad(5)},
+		{"a timestamp in microseconds", "", edit(`("timestamp":"[^"]*)Z"`, `${1}000Z"`), line(5)},
+		{"the timestamp in another zone", "", edit(`("timestamp":"[^"]*)Z"`, `${1}+00:00"`), line(5)},
+		{"prevHash", "", edit(`("prevHash":")[0-9a-f]{64}`, `${1}`+firstPrevHash), bad(5)},
+		{"hash", "", edit(`("hash":")[0-9a-f]{64}`, `${1}`+firstPrevHash), bad(5)},
+		{"a short hash", "", edit(`("hash":")[0-9a-f]{64}`, `${1}`), bad(5)},
+		{"a hash that is none", "", edit(`("hash":"[0-9a-f]{63})[0-9a-f]`, `${1}x`), line(5)},
+		{"one, hashed anew", "", func(l []string) []string {
+			l = edit(`("userAgent":")`, `${1}x`)(l)
+			return append(hashedAnew(t, slices.Clone(append(slices.Clone(l[:5]), l[n])), 4)[:5], l[5:]...)
+		}, bad(6)},
+		{"one, and all hashed anew from there on", "", func(l []string) []string { return hashedAnew(t, edit(`("userAgent":")`, `${1}x`)(l), 4) }, bad(n)},
+		{"the same, held to one of before", at(4), func(l []string) []string { return hashedAnew(t, edit(`("userAgent":")`, `${1}x`)(l), 4) }, bad(n)},
+		{"the same, held to that one", at(5), func(l []string) []string { return hashedAnew(t, edit(`("userAgent":")`, `${1}x`)(l), 4) }, bad(5)},
+
+		{"a member more", "", edit(`"\}$`, `","x":1}`), line(5)},
+		{"a member twice", "", edit(`"seq":5`, `"seq":5,"seq":5`), line(5)},
+		{"a member twice, in another case", "", edit(`"seq":5`, `"Seq":4,"seq":5`), line(5)},
+		{"a member less", "", edit(`"actorId":("[^"]*"|null),`, ``), line(5)},
+		{"members in another order", "", edit(`("eventId":"[^"]*"),("seq":5)`, `${2},${1}`), line(5)},
+		{"a space", "", edit(`"seq":5`, `"seq": 5`), line(5)},
+		{"a space behind metadata", "", edit(`\},"timestamp"`, `} ,"timestamp"`), line(5)},
+		{"a space at the end", "", edit(`$`, ` `), line(5)},
+		{"the end of a line as elsewhere", "", edit(`$`, "\r"), line(5)},
+		{"an escape that isn't needed", "", edit(`"token.issued"`, `"token\u002eissued"`), line(5)},
+		{"capitals in a hash", "", edit(`"hash":"[0-9a-f]{64}`, `"hash":"`+strings.Repeat("A", 64)), line(5)},
+		{"bytes that are no text", "", edit(`("userAgent":")`, "${1}\xff"), line(5)},
+		{"an empty line", "", func(l []string) []string { return slices.Insert(l, 4, "") }, line(5)},
+		{"a mark of the order of bytes", "", func(l []string) []string { l[0] = "\ufeff" + l[0]; return l }, line(1)},
+		{"a line that never ends", "", edit(`("userAgent":")`, `${1}`+strings.Repeat("x", 2<<20)), line(5)},
+		{"an array", "", func(l []string) []string { l[0] = "[" + l[0]; return l }, line(1)},
+
+		{"two that changed places", "", func(l []string) []string { l[4], l[5] = l[5], l[4]; return l }, bad(5)},
+		{"one doubled", "", func(l []string) []string { return slices.Insert(l, 4, l[4]) }, bad(5)},
+		{"one left out", "", func(l []string) []string { return slices.Delete(l, 4, 5) }, bad(5)},
+		{"one left out, and all hashed anew", "", func(l []string) []string { return hashedAnew(t, slices.Delete(l, 4, 5), 4) }, bad(5)},
+		{"the first left out, held to the first", at(1), func(l []string) []string { return l[2:] }, "the log begins at seq 3, after the checkpoint at 1"},
+		{"the first is of another log, held to the one before", at(2), func(l []string) []string {
+			l = l[2:]
+			l[0] = regexp.MustCompile(`("prevHash":")[0-9a-f]{64}`).ReplaceAllString(l[0], `${1}`+firstPrevHash)
+			return hashedAnew(t, l, 0)
+		}, bad(3)},
+		{"the last left out", "", func(l []string) []string { return slices.Delete(l, n-1, n) }, bad(n)},
+		{"all left out", "", func(l []string) []string { return l[n:] }, bad(1)},
+		{"one before the first", "", func(l []string) []string {
+			return slices.Insert(l, 0, regexp.MustCompile(`"seq":1,`).ReplaceAllString(l[0], `"seq":0,`))
+		}, line(1)},
+		{"one of its own before the first", "", func(l []string) []string {
+			zero := hashedAnew(t, []string{strings.Replace(l[0], `"seq":1,`, `"seq":0,`, 1), ""}, 0)[0]
+			return slices.Insert(l, 0, zero)
+		}, line(1)},
+		{"one behind the last", "", func(l []string) []string {
+			more := append(slices.Clone(l[:n]), regexp.MustCompile(`"seq":\d+`).ReplaceAllString(l[n-1], fmt.Sprint(`"seq":`, n+1)), "")
+			return append(hashedAnew(t, more, n-1)[:n+1], l[n])
+		}, bad(n + 1)},
+		{"only whole lines of it", early, func(l []string) []string {
+			return append(l[:2], signed(checkpoint{v.env["ISSUER"], 2, regexp.MustCompile(`[0-9a-f]{64}`).FindAllString(l[1], 2)[1], 1}))
+		}, "ends at seq 2, before the checkpoint at"},
+
+		{"no last line", "", func(l []string) []string { return l[:n] }, line(n + 1)},
+		{"nothing", "", func(l []string) []string { return nil }, line(1)},
+		{"an event behind it", "", func(l []string) []string { return append(l, l[n-1]) }, line(n + 2)},
+		{"an empty line behind it", "", func(l []string) []string { return append(l, "") }, line(n + 2)},
+		{"a second one behind it", "", func(l []string) []string { return append(l, l[n]) }, line(n + 2)},
+		{"one with a space", "", last(`{"checkpoint": "` + now + `"}`), line(n + 1)},
+		{"one alone", "", last(now), line(n + 1)},
+		{"null", "", last(`{"checkpoint":null}`), line(n + 1)},
+		{"one that was changed", "", last(`{"checkpoint":"` + now[:len(now)-2] + `AA"}`), line(n + 1)},
+		{"a token", "", last(`{"checkpoint":"` + v.bearer + `"}`), line(n + 1)},
+		{"of an earlier event", "", last(`{"checkpoint":"` + early + `"}`), "the first bad seq is "},
+		{"of a later event", "", last(signed(checkpoint{good.Issuer, good.Seq + 1, good.Hash, 1})), bad(n + 1)},
+		{"of another hash", "", last(signed(checkpoint{good.Issuer, good.Seq, firstPrevHash, 1})), bad(n)},
+		{"by another key", "", last(strange[len(strange)-1]), line(n + 1)},
+		{"of another log", "", last(`{"checkpoint":"` + other.checkpoint() + `"}`), "the first bad seq is "},
+
+		{"held to another issuer's", other.checkpoint(), last(all[n]), "no checkpoint of this issuer"},
+		{"held to another key's", stranger.checkpoint(), last(all[n]), "no checkpoint that a key here signed"},
+		{"held to a token", v.bearer, last(all[n]), "no checkpoint that a key here signed"},
+		{"held to another log's", sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, checkpoint{good.Issuer, 5, firstPrevHash, 1}), last(all[n]), bad(5)},
+		{"held to a later one's", sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, checkpoint{good.Issuer, good.Seq + 1, firstPrevHash, 1}), last(all[n]), fmt.Sprintf("ends at seq %d, before the checkpoint at %d", n, n+1)},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			w := &witness{t, t.TempDir(), w.jwks}
+			export := ""
+			if lines := row.alter(slices.Clone(all)); lines != nil {
+				export = text(lines)
+			}
+			out, err := w.checks(export, strings.Fields(row.checkpoint)...)
+			if err == nil || !strings.Contains(err.Error()+"\n", row.want) || strings.HasPrefix(row.want, "the first") && !strings.Contains(err.Error()+"\n", row.want+"\n") && row.want != "the first bad seq is " || out != "" {
+				t.Errorf("verify-audit = %q, %v, want an error of %s", out, err, row.want)
+			}
+		})
+	}
+
+	// Cut off at any byte it is no export.
+	whole := text(all)
+	for _, end := range []int{1, len(all[0]), len(all[0]) + 1, len(whole) - 300, len(whole) - 2, len(whole) - 1} {
+		if out, err := w.checks(whole[:end]); err == nil || !strings.Contains(err.Error(), "cut off") {
+			t.Errorf("verify-audit of %d of %d bytes = %q, %v, want an error", end, len(whole), out, err)
+		}
+	}
+	// What is wrong with the files.
+	export := w.file("whole", whole)
+	for name, row := range map[string][3]string{
+		"no file":           {w.folder + "/none", w.jwks, "none"},
+		"a folder":          {w.folder, w.jwks, "line 1 "},
+		"no keys":           {export, w.folder + "/none", "reading the keys of -jwks: "},
+		"keys in no JSON":   {export, export + "", "reading the keys of -jwks: "},
+		"an empty list":     {export, w.file("empty", `{"keys":[]}`), "reading the keys of -jwks: "},
+		"a list alone":      {export, w.file("list", `[]`), "reading the keys of -jwks: "},
+		"another's keys":    {export, w.file("others", stranger.do("GET", "/.well-known/jwks.json", "").raw), fmt.Sprintf("line %d ", n+1)},
+		"keys of that kind": {export, w.file("alien", `{"keys":[{"kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}`), "reading the keys of -jwks: "},
+	} {
+		if out, err := command(t.Context(), nil, testLog, "verify-audit", "-file", row[0], "-jwks", row[1]); err == nil || !strings.Contains(err.Error(), row[2]) || out != "" {
+			t.Errorf("verify-audit with %s = %q, %v, want an error of %s", name, out, err, row[2])
 		}
 	}
 }

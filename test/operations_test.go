@@ -537,6 +537,34 @@ func TestExportStreams(t *testing.T) {
 	}
 	t.Logf("audit-export takes %.1f MB for 200 events, %.1f for %d", few, all, events)
 
+	// And so does who checks it, in lines that come one by one.
+	w, lines := newWitness(newService(t)), strings.SplitAfter(p.command("audit-export"), "\n")
+	checking := func(from int) (most float64) {
+		t.Helper()
+		cmd := p.build("verify-audit", "-file", "-", "-jwks", w.jwks)
+		cmd.Env = nil
+		var out bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &out
+		in, err := cmd.StdinPipe()
+		if err == nil {
+			err = cmd.Start()
+		}
+		for i := from; err == nil && i < len(lines); i++ {
+			if _, err = io.WriteString(in, lines[i]); i%100 == 0 && i < events {
+				most = max(most, (&process{cmd: cmd}).memory(t))
+			}
+		}
+		if err = errors.Join(err, in.Close(), cmd.Wait()); err != nil || !strings.HasPrefix(out.String(), fmt.Sprintf("verified: %d events", events-from)) {
+			t.Fatalf("verify-audit of an export from %d on = %v, %s", from, err, out.Bytes())
+		}
+		return most
+	}
+	few, all = checking(events-200), checking(0)
+	if few == 0 || all-few > 30 {
+		t.Errorf("verify-audit of an export takes %.1f MB for 200 events, %.1f for %d", few, all, events)
+	}
+	t.Logf("verify-audit of an export takes %.1f MB for 200 events, %.1f for %d", few, all, events)
+
 	cmd := p.build("audit-export")
 	out, err := cmd.StdoutPipe()
 	if err == nil {
