@@ -91,6 +91,34 @@ func (d *drill) wantSeqs(evidence, name string, events []servedEvent, which func
 	}
 }
 
+// head is the seq of the last event of its log.
+func (d *drill) head(evidence string) (seq int64) {
+	d.t.Helper()
+	lines := d.lines(evidence, "log.jsonl")
+	if match := seqInLine.FindStringSubmatch(lines[max(0, len(lines)-2)]); match != nil {
+		fmt.Sscan(match[1], &seq)
+	}
+	return seq
+}
+
+// wantChecked wants whoever has the folder alone to find its log to be what was signed, up to its checkpoint.
+func (d *drill) wantChecked(evidence string) {
+	d.t.Helper()
+	checkpoint := d.lines(evidence, "checkpoint.txt")[0]
+	out, err := command(d.t.Context(), nil, testLog, "verify-audit", "--file", evidence+"/log.jsonl", "--jwks", evidence+"/jwks.json", checkpoint)
+	if err != nil || !strings.Contains(out, fmt.Sprintf("to %d\n", d.head(evidence))) || !strings.Contains(out, fmt.Sprintf("extends the checkpoint at seq %d\n", d.head(evidence))) {
+		d.t.Errorf("verify-audit of the evidence = %q, %v", out, err)
+	}
+	log := d.lines(evidence, "log.jsonl")
+	for _, name := range []string{"concerns.jsonl", "did.jsonl", "handed.jsonl"} {
+		for _, line := range d.lines(evidence, name) {
+			if line != "" && !slices.Contains(log, line) {
+				d.t.Errorf("%s has a line that is not in the log: %s", name, line)
+			}
+		}
+	}
+}
+
 // wantEvidence wants a folder for nobody else, with the sums of all its files,
 // and no secret in any.
 func (d *drill) wantEvidence(evidence string, secrets ...string) {
@@ -195,7 +223,9 @@ func TestIncidentDrill(t *testing.T) {
 	}
 	events := p.chain()
 	d.wantEvidence(evidence, secrets...)
-	events = events[:len(events)-1] // the token that it got to verify the end with
+	d.wantChecked(evidence)
+	d.wantSeqs(evidence, "log.jsonl", events, func(e servedEvent) bool { return e.Seq <= d.head(evidence) })
+	events = events[:d.head(evidence)] // and not what reading that has left
 	d.wantSeqs(evidence, "concerns.jsonl", events, concerns)
 	d.wantSeqs(evidence, "did.jsonl", events, did)
 	if !p.active(token) || !q.active(token) || p.stateOf() != state {
@@ -233,6 +263,7 @@ func TestIncidentDrill(t *testing.T) {
 	d.wantSeqs(evidence, "did.jsonl", events, did)
 	d.wantSeqs(evidence, "handed.jsonl", events, gave)
 	d.wantSeqs(evidence, "log.jsonl", events, all)
+	d.wantChecked(evidence)
 	exported := d.lines(evidence, "log.jsonl")
 	if again := strings.Split(p.command("audit-export"), "\n"); !slices.Equal(exported[:len(exported)-1], again[:len(exported)-1]) || !checkpointLine.MatchString(exported[len(exported)-1]) {
 		t.Error("log.jsonl is not what audit-export prints")
@@ -264,8 +295,19 @@ func TestIncidentDrill(t *testing.T) {
 		t.Errorf("act again = %v and prints %s", err, out)
 	}
 	d.wantEvidence(evidence, secrets...)
+	d.wantChecked(evidence)
+	if !strings.Contains(out, "log.jsonl is NOT checked") {
+		t.Errorf("without the program, act prints %s, want it to say that nothing has checked the log", out)
+	}
 	d.wantSeqs(evidence, "log.jsonl", events, all)
 	d.wantSeqs(evidence, "did.jsonl", events, did)
+	for _, since := range []string{"", events[3].Timestamp} { // with the program, and no variable of the service
+		out, evidence, err = d.run("look", append(slices.Clone(the), "AGENTIDP="+path, "SINCE="+since)...)
+		if err != nil || strings.Contains(out, "NOT checked") || strings.Count(out, "    verified: ") != 2 || !strings.Contains(out, fmt.Sprintf(" to %d\n    issuer: %s\n", d.head(evidence), p.env["ISSUER"])) {
+			t.Errorf("look with the program, from %q on, = %v and prints %s", since, err, out)
+		}
+		d.wantChecked(evidence)
+	}
 	out, evidence, err = d.run("look", append(slices.Clone(the), "SINCE=2999-01-01")...)
 	if err != nil || d.lines(evidence, "log.jsonl")[0] != "" {
 		t.Errorf("look from a day to come on = %v and prints %s", err, out)
@@ -320,9 +362,10 @@ func TestIncidentDrillTriesAgain(t *testing.T) {
 	if err != nil || !strings.Contains(out, "TOKEN is dead") || !strings.Contains(out, "verified: ") || len(refused) < 5 {
 		t.Fatalf("look = %v and prints %s, want TOKEN dead and the log verified though %v were refused once", err, out, refused)
 	}
+	d.wantChecked(evidence)
 	for _, name := range []string{"concerns.jsonl", "log.jsonl"} {
 		for _, line := range d.lines(evidence, name) {
-			if !seqInLine.MatchString(line) {
+			if !seqInLine.MatchString(line) && !(name == "log.jsonl" && checkpointLine.MatchString(line)) {
 				t.Errorf("%s has the line %s, which is no event", name, line)
 			}
 		}

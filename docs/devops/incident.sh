@@ -16,7 +16,8 @@
 #   SINCE                     a day or time like 2026-11-25T03:00:00Z to read the log from; if empty, all that is served
 #   EVIDENCE                  the folder to make; evidence-MODE-TIME if empty
 #   DATABASE_URL, ...         the variables of the service. Where DATABASE_URL or DATABASE_URL_FILE is set, the whole log is
-#                             exported from the database, by the program AGENTIDP (agentidp if empty)
+#                             exported from the database
+#   AGENTIDP                  the program, which exports the log and checks it; agentidp if empty
 set -eu
 umask 077
 export LC_ALL=C
@@ -62,7 +63,7 @@ current='it began'
 finish() {
 	code=$?
 	[ $code = 0 ] || echo "incident.sh: STOPPED at: $current. What is before that in $dir/report.txt is done, nothing after it." >&2
-	rm -f "$dir/page"
+	rm -f "$dir/page" "$dir/pages"
 }
 trap finish EXIT
 
@@ -73,17 +74,19 @@ step() {
 }
 note() { echo "    $1" | tee -a "$dir/report.txt"; }
 
-# ask STATUSES: sends the request that curl's configuration on standard input describes, and prints the body. It fails
-# where the status is none of these. A 429 or 503 is tried again when the service says.
+# ask STATUSES [FILE]: sends the request that curl's configuration on standard input describes, and prints the body, or
+# writes it to a file, as it must where it is long. It fails where the status is none of these. A 429 or 503 is tried again
+# when the service says.
 ask() {
-	answer=$(curl -q -sS --retry 8 --max-time 60 -w '\n%{http_code}' -K -) || fail "no answer"
+	answer=$(curl -q -sS --retry 8 --max-time 60 -o "${2:--}" -w '\n%{http_code}' -K -) || fail "no answer"
 	status=${answer##*"$newline"}
 	answer=${answer%"$newline"*}
 	answer=${answer%"$newline"}
 	answer=${answer##*"$newline"} # what was tried again is before it, and ours is one line
 	case " $1 " in
-	*" $status "*) printf '%s\n' "$answer" ;;
+	*" $status "*) [ -n "${2-}" ] || printf '%s\n' "$answer" ;;
 	*)
+		[ -z "${2-}" ] || answer=$(head -c 1000 "$2")
 		case $status in
 		2*) answer= ;; # it may have a token
 		esac
@@ -106,18 +109,19 @@ introspect() {
 	{ as_client "$1" /introspect "$CLIENT_ID" "$CLIENT_SECRET" && printf 'data = "token=%s"\n' "$2"; } | ask 200
 }
 
-# events QUERY FILE: reads the log by cursor, newest first, into a file with one event a line.
+# events HEAD FILE: reads the log by cursor, newest first, into a file, one event a line, oldest first and up to this seq.
 events() {
 	cursor='' pages=0
-	: >"$2"
+	: >"$dir/pages"
 	while [ -n "$cursor" ] || [ $pages = 0 ]; do
 		[ $((pages % 50)) != 0 ] || sign_in # a long reading may outlive a token
-		as_operator "$BASE" "/audit?limit=100$1${SINCE:+&fromDate=$SINCE}${cursor:+&cursor=$cursor}" | ask 200 >"$dir/page"
+		as_operator "$BASE" "/audit?limit=100${SINCE:+&fromDate=$SINCE}${cursor:+&cursor=$cursor}" | ask 200 "$dir/page"
 		sed -e 's/^{"data":\[//' -e 's/\],"total":[0-9].*$//' -e 's/},{"eventId":/}\
-{"eventId":/g' "$dir/page" | sed '/^$/d' >>"$2"
+{"eventId":/g' "$dir/page" | sed -n 's/^{"eventId":"[^"]*","seq":\([0-9]*\),/\1 &/p' >>"$dir/pages"
 		cursor=$(sed -n 's/.*"nextCursor":"\([^"]*\)".*/\1/p' "$dir/page")
 		pages=$((pages + 1))
 	done
+	sort -n "$dir/pages" | awk -v head="$1" '$1 <= head' | cut -d ' ' -f 2- >"$2"
 }
 
 # summary FILE: how many events of which kind, from where, and from when to when.
@@ -157,7 +161,7 @@ fi
 step "lists its credentials$([ "$mode" = look ] || echo ', and revokes those that are active')"
 page=1 total=1
 while [ $(((page - 1) * 100)) -lt "$total" ]; do
-	as_operator "$BASE" "/agents/$AGENT_ID/credentials?limit=100&page=$page" | ask 200 >"$dir/credentials-$page.json"
+	as_operator "$BASE" "/agents/$AGENT_ID/credentials?limit=100&page=$page" | ask 200 "$dir/credentials-$page.json"
 	total=$(sed -n 's/.*"total":\([0-9]*\),.*/\1/p' "$dir/credentials-$page.json")
 	active=$(tr '{' '\n' <"$dir/credentials-$page.json" | sed -n 's/^"credentialId":"\([^"]*\)".*"status":"active".*/\1/p')
 	for id in $active; do
@@ -196,17 +200,36 @@ for copy in $BASES; do
 	fi
 done
 
-step "reads what concerns the agent"
-events "&agentId=$AGENT_ID" "$dir/concerns.jsonl"
-summary "$dir/concerns.jsonl"
-
+printf 'url = "%s/.well-known/jwks.json"\n' "$BASE" | ask 200 "$dir/jwks.json"
 if [ -n "${DATABASE_URL-}${DATABASE_URL_FILE-}" ]; then
 	step "exports the log from the database, which checks all of it"
 	"${AGENTIDP:-agentidp}" audit-export >"$dir/log.jsonl" || fail "the export failed: if it says that the log was altered, keep the database as it is"
+	sed -n '$s/^{"checkpoint":"\([^"]*\)"}$/\1/p' "$dir/log.jsonl" >"$dir/checkpoint.txt"
 else
-	step "reads the log, as far as it is served${SINCE:+, from $SINCE on}"
-	events '' "$dir/log.jsonl"
+	step "has the end of the log verified, and reads it up to there, as far as it is served${SINCE:+, from $SINCE on}"
+	sign_in
+	as_operator "$BASE" /audit/verify | ask 200 "$dir/verify.json"
+	case $(head -c 17 "$dir/verify.json") in
+	'{"verified":true,') note "verified: $(sed -n 's/.*"fromSeq":\([0-9]*\),"events":\([0-9]*\),.*"headSeq":\([0-9]*\).*/\2 events, from seq \1 to \3/p' "$dir/verify.json")" ;;
+	*) fail "the log was ALTERED: $dir/verify.json has the first bad seq. Keep the database as it is" ;;
+	esac
+	sed -n 's/.*"checkpoint":"\([^"]*\)".*/\1/p' "$dir/verify.json" >"$dir/checkpoint.txt"
+	events "$(sed -n 's/.*"headSeq":\([0-9]*\).*/\1/p' "$dir/verify.json")" "$dir/log.jsonl"
+	[ ! -s "$dir/log.jsonl" ] || sed 's/.*/{"checkpoint":"&"}/' "$dir/checkpoint.txt" >>"$dir/log.jsonl"
 fi
+if [ ! -s "$dir/log.jsonl" ]; then
+	note "there are no events of that time"
+elif command -v "${AGENTIDP:-agentidp}" >/dev/null; then
+	step "checks what it has of the log, as anybody can"
+	"${AGENTIDP:-agentidp}" verify-audit --file "$dir/log.jsonl" --jwks "$dir/jwks.json" >"$dir/page" || fail "log.jsonl is not what the service signed"
+	sed '/^checkpoint/d; s/^/    /' "$dir/page" | tee -a "$dir/report.txt"
+else
+	note "log.jsonl is NOT checked: there is no ${AGENTIDP:-agentidp} here; incident.md says how it is"
+fi
+
+step "lists what concerns the agent"
+sed -n "/^{\"eventId\":\"[^\"]*\",\"seq\":[0-9]*,\"agentId\":\"$AGENT_ID\"/p" "$dir/log.jsonl" >"$dir/concerns.jsonl"
+summary "$dir/concerns.jsonl"
 sed -n "/\"actorId\":\"$AGENT_ID\"/p" "$dir/log.jsonl" >"$dir/did.jsonl"
 note "what the agent itself did, also to others:"
 summary "$dir/did.jsonl"
@@ -219,17 +242,8 @@ summary "$dir/handed.jsonl"
 sed -n 's/.*"actorId":"\([^"]*\)".*"scope":"[^"]*","subject":"\([^"]*\)".*/\1 in the name of \2/p' "$dir/handed.jsonl" | sort | uniq -c |
 	while read -r count who; do note "$count by $who"; done
 
-step "has the end of the log verified, and keeps its checkpoint"
-sign_in
-as_operator "$BASE" /audit/verify | ask 200 >"$dir/verify.json"
-case $(cat "$dir/verify.json") in
-'{"verified":true,'*) note "verified: $(sed -n 's/.*"fromSeq":\([0-9]*\),"events":\([0-9]*\),.*"headSeq":\([0-9]*\).*/\2 events, from seq \1 to \3/p' "$dir/verify.json")" ;;
-*) fail "the log was ALTERED: $dir/verify.json has the first bad seq. Keep the database as it is" ;;
-esac
-sed -n 's/.*"checkpoint":"\([^"]*\)".*/\1/p' "$dir/verify.json" >"$dir/checkpoint.txt"
-
 step "ends$([ "$mode" = look ] || echo ': the agent is cut off')"
-rm -f "$dir/page"
+rm -f "$dir/page" "$dir/pages"
 sum=$(command -v sha256sum || echo shasum -a 256)
 # shellcheck disable=SC2086 # one word or three
 (cd "$dir" && $sum -- *.json *.jsonl *.txt >SHA256SUMS && echo "The evidence is in $dir. Write this down elsewhere: $($sum SHA256SUMS)")
