@@ -1080,6 +1080,10 @@ func TestInstallAloneGrants(t *testing.T) {
 	below, _ := filepath.Glob(pages + "/*/*")
 	others, _ := filepath.Glob("docs/*.md")
 	more, _ := filepath.Glob("docs/developers/*.md")
+	elsewhere := map[string][]string{
+		pages + "/operations.md": {"revoke temporary on database agentidp from public"},                                                  // which a dump hasn't
+		pages + "/siem.md":       {"grant usage on schema public to agentidp_reader", "grant select on audit_events to agentidp_reader"}, // TestFollowedFileIsOfThisLog
+	}
 	granting := regexp.MustCompile(`(?i)\b(create role agentidp_service|(grant|revoke) (select|insert|update|delete|truncate|usage|create|temp|all)[^\n]* (to|from) \w+)`)
 	for _, name := range slices.Concat(names, below, others, more, []string{"README.md", "docker-compose.yml", "schema.sql"}) {
 		text := readFile(t, name)
@@ -1093,7 +1097,7 @@ func TestInstallAloneGrants(t *testing.T) {
 			}
 		}
 		for _, found := range granting.FindAllString(text, -1) {
-			if name != pages+"/operations.md" || found != "revoke temporary on database agentidp from public" { // which a dump hasn't
+			if !slices.Contains(elsewhere[name], found) {
 				t.Errorf("%s has %q, which the tests of attacks don't run", name, found)
 			}
 		}

@@ -655,15 +655,7 @@ func TestFullDiskIsNotReady(t *testing.T) {
 // leads through it. It refuses root, and is on a socket of the test's own alone.
 func newBouncer(t *testing.T, p *postgresServer, settings ...string) string {
 	t.Helper()
-	path, err := exec.LookPath("pgbouncer")
-	if err != nil {
-		if out, err := exec.Command("./dev/with-services.sh", "--install", "pgbouncer").CombinedOutput(); err != nil {
-			t.Fatalf("PgBouncer is needed: %v: %s", err, out)
-		}
-		if path, err = exec.LookPath("pgbouncer"); err != nil {
-			path = "/usr/sbin/pgbouncer"
-		}
-	}
+	path := installed(t, "pgbouncer", "pgbouncer")
 	folder := privateFolder(t)
 	uid, gid, owner, err := postgresUser()
 	if err != nil {
