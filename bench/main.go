@@ -47,6 +47,7 @@ var (
 	agents  = flag.Int("agents", 1_000_000, "agents and credentials of the part Growth")
 	events  = flag.Int("events", 10_000_000, "audit events of the part Growth")
 	tokens  = flag.Int("tokens", 1_000_000, "tokens after which memory is measured")
+	kills   = flag.Int("kills", 300, "agents that the part Cuts suspends")
 	profile = flag.String("profile", "", "a folder for the CPU profiles of the servers, for go tool pprof")
 )
 
@@ -82,6 +83,7 @@ var parts = []part{
 	{"Token", benchTokens},
 	{"Keys", benchKeys},
 	{"Handed", benchHanded},
+	{"Cuts", benchCuts},
 	{"Read", benchReads},
 	{"Cold", benchCold},
 	{"Memory", benchMemory},
@@ -203,8 +205,8 @@ func rounded(v float64) float64 {
 	if v == 0 {
 		return 0
 	}
-	unit := math.Pow(10, min(0, math.Floor(math.Log10(math.Abs(v)))-2))
-	return math.Round(v/unit) * unit
+	unit := math.Pow(10, max(0, 2-math.Floor(math.Log10(math.Abs(v)))))
+	return math.Round(v*unit) / unit
 }
 
 func micros(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1000 }
