@@ -4,7 +4,8 @@
 //	http.Handle("GET /resumes", v.Middleware("resumes:read")(resumes))
 //
 // It can't see revocations. A token that was revoked, or whose credential or agent was cut off, is accepted until it
-// expires: have the operator set a short TOKEN_TTL, or ask POST /api/v1/token/introspect about each token.
+// expires: have the operator set a short TOKEN_TTL, or ask POST /api/v1/token/introspect about each token. To read what
+// was cut off takes a library that gives all claims (docs/developers/revocations.md).
 package verify
 
 import (

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -49,7 +50,7 @@ func (w *world) boundToken(ctx context.Context, who identity, key *ecdsa.Private
 	if err != nil {
 		return "", err
 	}
-	made, err := proof(key, "POST", w.base+"/api/v1/token", "", nil)
+	made, err := proof(key, "POST", cmp.Or(w.issuer, w.base)+"/api/v1/token", "", nil)
 	if err != nil {
 		return "", err
 	}

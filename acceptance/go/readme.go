@@ -137,7 +137,8 @@ const examplesPage = "docs/developers/examples.md"
 // example writes the block of a page that starts with a comment which has this name.
 func (w *world) example(dir, page, name string, change func(string) string) (file string, err error) {
 	list, err := w.blocks(page, map[string][]string{examplesPage: {"Agents", "Services"}, keysPage: {"Make one", "Programs"},
-		delegationPage: {"An orchestrator and two workers"}, proofsPage: {"Use it", "Check proofs in a service"}}[page]...)
+		delegationPage: {"An orchestrator and two workers"}, proofsPage: {"Use it", "Check proofs in a service"},
+		revocationsPage: {"In Go", "In Node.js"}}[page]...)
 	for _, b := range list {
 		if first, _, _ := strings.Cut(b.text, "\n"); strings.HasSuffix(first, " "+name) {
 			return filepath.Join(dir, name), writeFiles(dir, map[string]string{name: change(b.text)})

@@ -81,10 +81,11 @@ func (f *front) start(ctx context.Context) error {
 			return errors.Join(err, other)
 		}
 	}
-	database, err := f.openRelay()
+	way, database, err := openRelay()
 	if err != nil {
 		return err
 	}
+	f.relay = way
 	page, err := os.ReadFile(filepath.Join(f.w.root, "docs/devops/proxies.md"))
 	if err != nil {
 		return err
@@ -103,7 +104,7 @@ func (f *front) start(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := f.certify(); err != nil {
+	if f.trust, err = certify(f.dir); err != nil {
 		return err
 	}
 	if err := f.configure("", ""); err != nil {

@@ -37,6 +37,7 @@ type world struct {
 	root    string // the clone
 	program string
 	base    string // URL and issuer of the service
+	issuer  string // "" where it is base
 	key     *rsa.PrivateKey
 	keyFile string
 	admin   identity
