@@ -177,14 +177,20 @@ func (s *stores) benchKills(ctx context.Context, first, second *server) error {
 	return nil
 }
 
-// newVictim is an agent with a token for a service.
-func (s *stores) newVictim(ctx context.Context, sv *server, email, service string) (id, token string, err error) {
-	out, err := s.run(sv.key, "recover", email)
+// newReader is an agent with a token for the copy itself.
+func (s *stores) newReader(sv *server, email string) (id, token string, err error) {
+	id, secret, err := s.newClient(sv, email)
 	if err != nil {
 		return "", "", err
 	}
-	var secret string
-	if _, err := fmt.Sscanf(out, "client_id: %s\nclient_secret: %s\n", &id, &secret); err != nil {
+	token, err = sv.ask("POST", "/api/v1/token", basic(id, secret), grant, "access_token")
+	return id, token, err
+}
+
+// newVictim is an agent with a token for a service.
+func (s *stores) newVictim(ctx context.Context, sv *server, email, service string) (id, token string, err error) {
+	id, secret, err := s.newClient(sv, email)
+	if err != nil {
 		return "", "", err
 	}
 	if _, err := s.db.Exec(ctx, `update agents set capabilities = '{resumes:read}' where agent_id = $1`, id); err != nil {
@@ -194,9 +200,25 @@ func (s *stores) newVictim(ctx context.Context, sv *server, email, service strin
 	return id, token, err
 }
 
+func (s *stores) newClient(sv *server, email string) (id, secret string, err error) {
+	out, err := s.run(sv.key, "recover", email)
+	if err == nil {
+		_, err = fmt.Sscanf(out, "client_id: %s\nclient_secret: %s\n", &id, &secret)
+	}
+	return id, secret, err
+}
+
 // benchReaders measures two copies, of which the second has as many readers as may wait there.
 func (s *stores) benchReaders(ctx context.Context, first, second *server, streams bool) error {
-	const readers = 200
+	const readers, of = 200, 50 // of which one client may have as many
+	var bearers []string
+	for i := range readers / of {
+		_, token, err := s.newReader(second, fmt.Sprintf("reader-%d-%v@example.com", i, streams))
+		if err != nil {
+			return err
+		}
+		bearers = append(bearers, "Bearer "+token)
+	}
 	next, err := second.ask("GET", "/api/v1/revocations", second.bearer(), "", "next")
 	if err != nil {
 		return err
@@ -211,9 +233,9 @@ func (s *stores) benchReaders(ctx context.Context, first, second *server, stream
 	if streams {
 		name, address = "by a stream", "http://"+second.address+"/api/v1/revocations?after="
 	}
-	for range readers {
+	for i := range readers {
 		group.Go(func() {
-			if err := read(reading, client, address, next, second.bearer(), streams); reading.Err() == nil {
+			if err := read(reading, client, address, next, bearers[i/of], streams); reading.Err() == nil {
 				errs <- err
 			}
 		})
