@@ -40,7 +40,7 @@ func (s *server) openProof(r *request, token, bound string) (p shownProof, err e
 	case !hasIat || iat < now-proofPast.Seconds() || iat > now+clockSkew:
 		return p, flaw(fmt.Sprintf("must have as its iat the time at which it was made, in seconds since 1970, no longer than %v ago; it is %.0f here", proofPast, now))
 	case a.id == "":
-		return p, flaw("must have a jti, a text of at most 512 characters")
+		return p, flaw("must have a jti, a text of at most 512 bytes")
 	case token != "" && a.claims["ath"] != b64.EncodeToString(ath[:]):
 		return p, flaw("must have as its ath the SHA-256 of the token, in base64url")
 	}
@@ -48,6 +48,9 @@ func (s *server) openProof(r *request, token, bound string) (p shownProof, err e
 	key, err := readJWK(members)
 	if members["alg"] == nil && key.Kty == "RSA" && a.alg == "PS256" { // a key that doesn't say is for both
 		key.Alg = a.alg
+	}
+	if len(key.N) > 683 { // in base64url; anybody has us verify by such a key, before any limit
+		err = errors.New("must have an n of at most 4096 bits")
 	}
 	switch {
 	case err != nil:

@@ -129,7 +129,7 @@ func loadPage(ctx context.Context, db querier, at place) (revocations, error) {
 			select `+eventColumns+`
 			from audit_events
 			where action = wanted and action <> 'token.issued' and seq > $1 -- as the index has it
-				and "timestamp" > now() - $3::interval
+				and outcome = 'success' and "timestamp" > now() - $3::interval
 			order by seq
 			limit 1000) as events
 		order by seq
@@ -164,14 +164,13 @@ func (s *server) listRevocations(r *request) (any, error) {
 	if err == nil && at.hash == "" {
 		_, err = s.record(r, entry{event: newEvent(revocationsRead, r.caller.AgentID, facts{}), needs: []origin{r.caller.origin}})()
 	}
-	switch {
-	case err != nil:
-	case streams:
-		err = s.wait(r, func() error { return s.stream(r, at) })
-	case wait != nil:
-		err = s.wait(r, func() (err error) { p, err = s.await(r, at, *wait, revocations.any); return err })
-	default:
+	if err == nil {
 		p, err = s.readOn(r.Context(), at)
+	}
+	if err == nil && streams {
+		err = s.wait(r, func() error { return s.stream(r, p) })
+	} else if err == nil && wait != nil && !p.any() {
+		err = s.wait(r, func() (err error) { p, err = s.await(r, p, *wait, revocations.any); return err })
 	}
 	return p, err
 }
@@ -193,7 +192,7 @@ func (s *server) readEvents(r *request) (any, error) {
 	grown := func(p revocations) bool { return p.Next.seq > after.seq }
 	p, err := s.readOn(r.Context(), *after)
 	if err == nil && wait != nil && !grown(p) {
-		err = s.wait(r, func() (err error) { p, err = s.await(r, *after, *wait, grown); return err })
+		err = s.wait(r, func() (err error) { p, err = s.await(r, p, *wait, grown); return err })
 	}
 	if err != nil {
 		return nil, err
@@ -220,13 +219,16 @@ func (s *server) readEvents(r *request) (any, error) {
 	return encodeEvents(out, out.Data...)
 }
 
-// readOn returns what is behind a place, together with all who ask at the same time.
+// readOn returns what is behind a place.
 func (s *server) readOn(ctx context.Context, at place) (revocations, error) {
-	p, err := s.feed.put(ctx, at).wait()
-	if err == nil && p.lost {
+	list, err := loadRevocations(ctx, s.db, []place{at})
+	if err != nil {
+		return revocations{}, err
+	}
+	if list[0].lost {
 		err = errNoPlace
 	}
-	return p, err
+	return list[0], err
 }
 
 // wait lets a request do what takes long, without its place among those in flight.
@@ -247,34 +249,33 @@ func (s *server) wait(r *request, do func() error) error {
 	return errBusy.because("Too many wait here, or of this client; try another copy, or ask without wait.")
 }
 
-// await looks, and again until it has found something, or most seconds or the token are over,
-// or the reader has gone, or the copy stops. All look at the same moments, so that the queue asks
-// once for many. No fault passes for nothing.
-func (s *server) await(r *request, at place, most int, found func(revocations) bool) (p revocations, err error) {
+// await looks, behind the head that it has read, until it has found something, or most
+// seconds or the token are over, or the reader has gone, or the copy stops. All look at the same
+// moments, from nearly the same place, and so ask once for many. No fault passes for nothing.
+func (s *server) await(r *request, p revocations, most int, found func(revocations) bool) (revocations, error) {
 	end := time.Now().Add(min(time.Duration(most)*time.Second, time.Unix(r.caller.until, 0).Sub(s.now())))
-	for {
-		r.renew()
-		p, err = s.readOn(r.Context(), at)
-		if err != nil || found(p) || time.Now().After(end) || s.draining.Load() {
-			return p, err
-		}
-		at = p.Next
+	for time.Now().Before(end) && !s.draining.Load() {
 		select {
 		case <-time.After(feedEvery - time.Duration(time.Now().UnixNano())%feedEvery):
 		case <-r.connected.Done():
 			return p, nil // to nobody
 		}
+		r.renew()
+		var err error
+		if p, err = s.feed.put(r.Context(), p.Next).wait(); err == nil && p.lost {
+			err = errNoPlace
+		}
+		if err != nil || found(p) {
+			return p, err
+		}
 	}
+	return revocations{Entries: []revocation{}, Next: p.Next}, nil
 }
 
 // stream writes what comes as server-sent events (html.spec.whatwg.org, section 9.2), and what
 // is none after feedBeat, until the token is over, or its owner cut off, or the reader has gone or
 // doesn't take what is written in time, or something fails.
-func (s *server) stream(r *request, at place) error {
-	p, err := s.readOn(r.Context(), at)
-	if err != nil {
-		return err
-	}
+func (s *server) stream(r *request, p revocations) (err error) {
 	r.out.Set("Content-Type", "text/event-stream")
 	r.out.Set("X-Accel-Buffering", "no") // nginx would keep it back until it is much
 	r.begun = true
@@ -286,7 +287,13 @@ func (s *server) stream(r *request, at place) error {
 		if gone != nil || conn.Flush() != nil || r.connected.Err() != nil || s.draining.Load() {
 			return nil
 		}
-		if p, err = s.await(r, p.Next, int(feedBeat/time.Second), revocations.any); err == nil {
+		r.renew()
+		if p.More {
+			p, err = s.readOn(r.Context(), p.Next)
+		} else {
+			p, err = s.await(r, p, int(feedBeat/time.Second), revocations.any)
+		}
+		if err == nil {
 			err = s.checkAlive(r.Context(), &r.caller)
 		}
 	}

@@ -233,7 +233,7 @@ func readAssertion(text string) (a assertion, err error) {
 	}
 	for name, to := range map[string]*string{"iss": &a.issuer, "sub": &a.sub, "jti": &a.id} {
 		if *to, _ = claims[name].(string); claims[name] != nil && *to == "" || len(*to) > 512 {
-			return a, flaw(fmt.Sprintf("must have %s, a text of at most 512 characters", name))
+			return a, flaw(fmt.Sprintf("must have %s, a text of at most 512 bytes", name))
 		}
 	}
 	if path, ok := strings.CutPrefix(a.sub, "spiffe://"); ok && a.issuer == "" {
@@ -253,7 +253,7 @@ func (a assertion) check(now time.Time, life time.Duration, types, audiences []s
 	}
 	for _, name := range needed {
 		if a.claims[name] == nil {
-			return flaw(fmt.Sprintf("must have %s, a text of at most 512 characters", name))
+			return flaw(fmt.Sprintf("must have %s, a text of at most 512 bytes", name))
 		}
 	}
 	aud, one := a.claims["aud"].(string)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -281,6 +282,10 @@ func (s *server) revokeToken(r *request) (any, error) {
 		}
 		return e, nil
 	})
+	if errors.Is(err, notYours) && r.caller.TokenID == "" { // what one may is in no limit's way, this is
+		_, limited := s.spend(r, r.caller, byCredential, "")
+		err = cmp.Or(limited, err)
+	}
 	if errors.Is(err, notYours) {
 		err = s.refused(r, e, notYours)
 	}

@@ -307,6 +307,7 @@ func (v *service) ofBadKeys(h holder, method, path, token string) (wrong []wrong
 	} {
 		add(name, one.sign(one.proofHeader().with(members{"jwk": jwk}), claims()))
 	}
+	wrong = append(wrong, wrongProof{"jwk RSA of 4104 bits", []string{one.sign(one.proofHeader().with(members{"jwk": public.with(members{"n": encode(strings.Repeat("\xff", 513))})}), claims())}, "at most 4096 bits"})
 	okp := newHolder(v.t, "EdDSA")
 	add("of X25519", okp.sign(okp.proofHeader().with(members{"jwk": publicJWK(okp.private.Public()).with(members{"crv": "X25519"})}), claims()))
 	add("private, OKP", okp.sign(okp.proofHeader().with(members{"jwk": publicJWK(okp.private.Public()).with(members{"d": encode(string(okp.private.(ed25519.PrivateKey).Seed()))})}), claims()))

@@ -577,3 +577,29 @@ func TestIntrospectionsSpendNothingElse(t *testing.T) {
 		v.want(v.api(token, "GET", "/agents/"+id, ""), 429, "RATE_LIMIT_EXCEEDED") // which the thief has spent
 	})
 }
+
+// No limit is in the way of who revokes its own tokens by its secret; to try another's is
+// recorded, and so has one.
+func TestRefusedRevocationsCount(t *testing.T) {
+	t.Parallel()
+	unlimited := newService(t)
+	v := unlimited.another("RATE_LIMIT_PER_MINUTE", "5")
+	id, secret := unlimited.quickClient("a:b")
+	v.withinAMinute(func(int64, time.Duration) {
+		v.forget()
+		before := unlimited.audit("action=token.revoked&outcome=failure").Total
+		for i := range 8 {
+			status, code := 400, "invalid_request"
+			if i >= 5 {
+				status, code = 429, "temporarily_unavailable"
+			}
+			v.want(v.form(id, secret, "/revoke", "token="+unlimited.bearer), status, code)
+		}
+		if n := unlimited.audit("action=token.revoked&outcome=failure").Total - before; n != 5 {
+			t.Errorf("%d refusals are recorded, want those 5 that were within the limit", n)
+		}
+		for range 8 {
+			v.want(v.form(id, secret, "/revoke", "token="+unlimited.mint(id, newID())), 200, "")
+		}
+	})
+}
