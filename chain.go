@@ -274,6 +274,23 @@ type checkpoint struct {
 	Seq    int64  `json:"seq"`
 	Hash   string `json:"hash"`
 	Time   int64  `json:"iat"` // seconds since 1970
+	Part   *part  `json:"part,omitempty"`
+}
+
+// A part is what was printed of the log up to a checkpoint, where that isn't all.
+type part struct {
+	AgentID  *string `json:"agentId"` // whom the events name; null is anybody
+	FromDate *moment `json:"fromDate"`
+	ToDate   *moment `json:"toDate"`
+	Events   int64   `json:"events"`
+	Digest   digest  `json:"digest"` // SHA-256 over their hashes, in hexadecimal, each with a line's end
+}
+
+// has tells whether events are of the part that were at these times at the earliest and at the
+// latest, and that have these texts, each with its quotes. An event names whom it has as a whole text.
+func (p *part) has(first, last moment, texts string) bool {
+	return (p.AgentID == nil || strings.Contains(texts, `"`+*p.AgentID+`"`)) &&
+		(p.FromDate == nil || !first.Before(p.FromDate.Time)) && (p.ToDate == nil || !last.After(p.ToDate.Time))
 }
 
 // A chainReport is what a reading of the chain found.
@@ -286,7 +303,8 @@ type chainReport struct {
 	HeadHash    digest  `json:"headHash"`
 	Checkpoint  *string `json:"checkpoint"` // null where the chain is not whole
 
-	linked bool // to the event before the first
+	linked bool  // to the event before the first
+	part   *part // nil is all
 }
 
 // verifyChain reads the chain from a seq on (0: its last limit events), up to
@@ -343,11 +361,16 @@ func (s *server) verifyChain(ctx context.Context, from, limit int64, cp *checkpo
 	if !report.Verified || report.Events == 0 {
 		return report, nil
 	}
+	err = s.signCheckpoint(&report, nil)
+	return report, err
+}
+
+func (s *server) signCheckpoint(report *chainReport, of *part) error {
 	signed, err := s.keys.Load().sign(auditCheckpoint, checkpoint{
-		Issuer: s.cfg.issuer, Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash), Time: s.now().Unix(),
+		Issuer: s.cfg.issuer, Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash), Time: s.now().Unix(), Part: of,
 	})
 	report.Checkpoint = &signed
-	return report, err
+	return err
 }
 
 // extend checks one more event.

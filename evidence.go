@@ -11,9 +11,13 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"hash"
 	"io"
 	"log/slog"
 	"os"
+	"regexp"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -23,14 +27,30 @@ type inquiry struct {
 	file, jwks     string // what was exported, and the keys; "" is by the database
 	checkpoint     string // to be extended; "" is none
 	from           int64
+	part           *part // nil is all
 }
 
 // readInquiry reads the arguments of a command: flags, and one operand.
 func readInquiry(args []string) (q inquiry, err error) {
-	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	flags, of := flag.NewFlagSet("", flag.ContinueOnError), part{}
 	flags.SetOutput(io.Discard)
+	day := func(to **moment, rest time.Duration) func(string) error {
+		return func(text string) error {
+			t, err := date(rest)(text)
+			*to, q.part = &moment{t.Truncate(time.Millisecond)}, &of
+			return err
+		}
+	}
 	if q.export = args[0] == "audit-export"; q.export {
 		flags.BoolVar(&q.follow, "follow", false, "")
+		flags.Func("from", "", day(&of.FromDate, 0))
+		flags.Func("to", "", day(&of.ToDate, 24*time.Hour-time.Millisecond))
+		flags.Func("agent", "", func(id string) (err error) {
+			if of.AgentID, q.part = &id, &of; !isID(id) {
+				err = errors.New("must be a UUID in lower case")
+			}
+			return err
+		})
 	} else {
 		flags.StringVar(&q.file, "file", "", "")
 		flags.StringVar(&q.jwks, "jwks", "", "")
@@ -48,6 +68,10 @@ func readInquiry(args []string) (q inquiry, err error) {
 		err = errors.New("CHECKPOINT is empty")
 	case !q.export && flags.NFlag() > 0 && (q.file == "" || q.jwks == ""):
 		err = errors.New("-file and -jwks must both name a file")
+	case q.part != nil && (q.follow || flags.NArg() > 0):
+		err = errors.New("-agent, -from and -to are without -follow and FROM_SEQ")
+	case of.FromDate != nil && of.ToDate != nil && of.ToDate.Before(of.FromDate.Time):
+		err = errors.New("-to must not be before -from")
 	}
 	return q, err
 }
@@ -57,7 +81,7 @@ func (s *server) inquire(ctx context.Context, q inquiry, stdout io.Writer, progr
 	case q.follow:
 		return s.followAudit(ctx, q.from, stdout)
 	case q.export:
-		return s.exportAudit(ctx, q.from, stdout)
+		return s.exportAudit(ctx, q.from, q.part, stdout)
 	}
 	return q.verifyAudit(s.keys.Load(), stdout, func(cp *checkpoint) (chainReport, string, error) {
 		report, err := s.verifyChain(ctx, 1, 1<<60, cp, progress)
@@ -85,12 +109,20 @@ func (q inquiry) verifyAudit(keys *keyset, stdout io.Writer, read func(*checkpoi
 		return fmt.Errorf("this is no checkpoint of this issuer: it is of %q, and the log of %q", cp.Issuer, issuer)
 	case cp != nil && cp.Seq < report.FromSeq && !report.linked:
 		return fmt.Errorf("the log begins at seq %d, after the checkpoint at %d: use a later one if what was before is dropped for its age; else the log was altered", report.FromSeq, cp.Seq)
+	case cp != nil && report.part != nil && cp.Seq != report.HeadSeq:
+		return fmt.Errorf("a part of the log can't be held to the checkpoint at seq %d, only to one of its end, seq %d", cp.Seq, report.HeadSeq)
 	case !report.Verified:
 		return fmt.Errorf(altered, report.FirstBadSeq)
 	case cp != nil && cp.Seq > report.HeadSeq:
 		return fmt.Errorf("the export ends at seq %d, before the checkpoint at %d: use an earlier one, or a later export", report.HeadSeq, cp.Seq)
 	}
-	fmt.Fprintf(stdout, "verified: %d events, from seq %d to %d\nissuer: %s\n", report.Events, report.FromSeq, report.HeadSeq, issuer)
+	if report.part != nil {
+		asked, _ := json.Marshal(report.part)
+		fmt.Fprintf(stdout, "verified: %d events, only a part of the log up to seq %d: %s\n", report.Events, report.HeadSeq, asked)
+		fmt.Fprintf(stdout, "that none of the part is missing is the word of whoever holds the key\nissuer: %s\n", issuer)
+	} else {
+		fmt.Fprintf(stdout, "verified: %d events, from seq %d to %d\nissuer: %s\n", report.Events, report.FromSeq, report.HeadSeq, issuer)
+	}
 	if report.FromSeq > 1 {
 		fmt.Fprintf(stdout, "nothing is said of what was before seq %d\n", report.FromSeq)
 	}
@@ -134,7 +166,7 @@ func (q inquiry) verifyFile(stdout io.Writer) error {
 func readExport(in io.Reader, keys *keyset, cp *checkpoint) (report chainReport, issuer string, err error) {
 	var end struct{ Checkpoint string }
 	var last checkpoint
-	lines := bufio.NewReaderSize(in, 1<<20)
+	lines, x := bufio.NewReaderSize(in, 1<<20), selection{sum: sha256.New()}
 	for n := 1; ; n++ {
 		line, err := lines.ReadSlice('\n')
 		if errors.Is(err, io.EOF) {
@@ -163,9 +195,18 @@ func readExport(in io.Reader, keys *keyset, cp *checkpoint) (report chainReport,
 		if report.FirstBadSeq == 0 {
 			report.extend(&e, 0, time.Time{}, cp)
 		}
+		x.add(&e, string(line)) // whether it is all or a part, the last line says
 	}
-	switch {
+	if report.part = last.Part; report.part != nil {
+		report.FromSeq, report.HeadSeq, report.Events, report.FirstBadSeq = 0, last.Seq, x.events, x.bad
+	}
+	switch p := last.Part; {
 	case report.FirstBadSeq != 0:
+	case p != nil && (p.Events != x.events || !bytes.Equal(p.Digest, x.sum.Sum(nil)) || x.seq > last.Seq || x.events > 0 && !p.has(x.first, x.last, strings.Join(x.names, ""))):
+		return report, "", fmt.Errorf("these are not the %d events that were signed as this part of the log", p.Events)
+	case p != nil && cp != nil && cp.Hash != last.Hash:
+		report.FirstBadSeq = last.Seq
+	case p != nil:
 	case last.Seq != report.HeadSeq:
 		report.FirstBadSeq = min(last.Seq, report.HeadSeq) + 1
 	case last.Hash != hex.EncodeToString(report.HeadHash):
@@ -175,21 +216,60 @@ func readExport(in io.Reader, keys *keyset, cp *checkpoint) (report chainReport,
 	return report, last.Issuer, nil
 }
 
-// exportAudit prints the events from a seq on, one a line as they are served,
-// and a checkpoint of the last behind them. What is printed is checked; what is
-// bad, and what follows it, is not printed.
-func (s *server) exportAudit(ctx context.Context, from int64, stdout io.Writer) error {
-	out := bufio.NewWriter(stdout)
-	report, err := s.verifyChain(ctx, from, 1<<60, nil, func(e *event) error { return printEvent(out, e) })
+// exportAudit prints the events from a seq on, or a part of them (nil: all), one a line as they
+// are served, and a checkpoint of the last of all behind them. All are checked; what is bad, and
+// what follows it, is not printed.
+func (s *server) exportAudit(ctx context.Context, from int64, of *part, stdout io.Writer) error {
+	out, x := bufio.NewWriter(stdout), selection{sum: sha256.New()}
+	report, err := s.verifyChain(ctx, from, 1<<60, nil, func(e *event) error {
+		if of != nil {
+			line, err := encodeEvents(e, *e)
+			if err != nil || !of.has(e.Timestamp, e.Timestamp, string(line)) {
+				return err
+			}
+			x.add(e, string(line))
+		}
+		return printEvent(out, e)
+	})
 	if err == nil && !report.Verified {
 		err = fmt.Errorf(altered, report.FirstBadSeq)
 	} else if err == nil && report.Events == 0 && from > 1 {
 		err = fmt.Errorf("seq %d is beyond the end of the log", from)
+	} else if err == nil && report.Events > 0 && of != nil {
+		of.Events, of.Digest = x.events, x.sum.Sum(nil)
+		err = s.signCheckpoint(&report, of)
 	}
 	if err == nil {
 		err = json.NewEncoder(out).Encode(map[string]*string{"checkpoint": report.Checkpoint})
 	}
 	return errors.Join(err, out.Flush())
+}
+
+// A selection is what is printed as a part.
+type selection struct {
+	bad, seq, events int64 // the first seq that is bad (0: none), the last, and how many
+	sum              hash.Hash
+	first, last      moment   // the earliest time and the latest
+	names            []string // ids that all have, in their quotes
+}
+
+var idText = regexp.MustCompile(`"[0-9a-f-]{36}"`)
+
+func (x *selection) add(e *event, line string) {
+	if x.bad == 0 && (e.Seq <= x.seq || !bytes.Equal(e.Hash, e.sum())) {
+		x.bad = e.Seq
+	}
+	if x.events == 0 {
+		x.first, x.last, x.names = e.Timestamp, e.Timestamp, idText.FindAllString(line, -1)
+	}
+	if e.Timestamp.Before(x.first.Time) {
+		x.first = e.Timestamp
+	} else if e.Timestamp.After(x.last.Time) {
+		x.last = e.Timestamp
+	}
+	x.names = slices.DeleteFunc(x.names, func(name string) bool { return !strings.Contains(line, name) })
+	x.seq, x.events = e.Seq, x.events+1
+	fmt.Fprintf(x.sum, "%x\n", e.Hash)
 }
 
 func printEvent(out io.Writer, e *event) error {

@@ -93,6 +93,8 @@ const usage = `AgentIdP is an identity provider for AI agents.
   agentidp audit-export [FROM_SEQ]    print the audit log as JSON lines while it is checked, and a checkpoint behind it
   agentidp audit-export -follow [FROM_SEQ]
                                       the same without a checkpoint, and then what comes, until SIGTERM
+  agentidp audit-export [-agent ID] [-from DATE] [-to DATE]
+                                      check all of the log, and print the part that names this agent, or is of this time
   agentidp keygen [RS256 | ES256]     print a new signing key, RSA of 2048 bits or P-256
   agentidp keygen client              print a new key of a client, P-256, and behind it the JWK to register
   agentidp healthcheck                ask the server on this machine for its health

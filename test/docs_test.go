@@ -1275,7 +1275,7 @@ func TestPagesHaveEveryErrorOfTheStart(t *testing.T) {
 				var texts []ast.Expr
 				switch n := n.(type) {
 				case *ast.CallExpr:
-					if f, ok := n.Fun.(*ast.SelectorExpr); ok && (f.Sel.Name == "Errorf" || f.Sel.Name == "New") {
+					if f, ok := n.Fun.(*ast.SelectorExpr); ok && (f.Sel.Name == "Errorf" || f.Sel.Name == "New" && len(n.Args) == 1) {
 						texts = n.Args[:1]
 					}
 				}

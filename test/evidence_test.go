@@ -1,6 +1,9 @@
 package test
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -236,6 +239,14 @@ func TestEvidenceCommandsRefuseBadArguments(t *testing.T) {
 		{"CHECKPOINT is empty", []string{"verify-audit", "-file", "x", "-jwks", "x", ""}},
 		{"-file", []string{"audit-export", "-file", "x", "-jwks", "x"}},
 		{"-file", []string{"verify-audit", "-file"}},
+		{"UUID in lower case", []string{"audit-export", "-agent", "x"}},
+		{"UUID in lower case", []string{"audit-export", "-agent", ""}},
+		{"must be a time like", []string{"audit-export", "-from", "yesterday"}},
+		{"must be a time like", []string{"audit-export", "-to", "2026-02-30"}},
+		{"-to must not be before -from", []string{"audit-export", "-from", "2026-03-02", "-to", "2026-03-01"}},
+		{"without -follow and FROM_SEQ", []string{"audit-export", "-follow", "-from", "2026-03-02"}},
+		{"without -follow and FROM_SEQ", []string{"audit-export", "-from", "2026-03-02", "1"}},
+		{"-agent", []string{"verify-audit", "-agent", newID()}},
 	} {
 		_, err := command(t.Context(), env, testLog, row.args...)
 		if err == nil || !strings.Contains(err.Error(), row.want) || !regexp.MustCompile(`^`+row.args[0]+`: .*; -h lists all$`).MatchString(err.Error()) {
@@ -514,5 +525,184 @@ func TestExportIsCheckedByWhoeverHasIt(t *testing.T) {
 		if out, err := command(t.Context(), nil, testLog, "verify-audit", "-file", row[0], "-jwks", row[1]); err == nil || !strings.Contains(err.Error(), row[2]) || out != "" {
 			t.Errorf("verify-audit with %s = %q, %v, want an error of %s", name, out, err, row[2])
 		}
+	}
+}
+
+type partClaims struct {
+	checkpoint
+	Part partOfLog `json:"part"`
+}
+
+type partOfLog struct {
+	AgentID  *string `json:"agentId"`
+	FromDate *string `json:"fromDate"`
+	ToDate   *string `json:"toDate"`
+	Events   int     `json:"events"`
+	Digest   string  `json:"digest"`
+}
+
+// digestOf is written from docs/review.md alone.
+func digestOf(t *testing.T, lines []string) string {
+	t.Helper()
+	sum := sha256.New()
+	for _, line := range lines {
+		var e servedEvent
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(sum, e.Hash+"\n")
+	}
+	return hex.EncodeToString(sum.Sum(nil))
+}
+
+func TestPartOfAnExportIsWhatWasSigned(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	id, secret := v.newClient("resumes:read")
+	other, _ := v.newClient("resumes:read")
+	for range 3 {
+		v.token(id, secret, "")
+		v.active(v.bearer)
+	}
+	chain := v.chain()
+	for i, metadata := range []string{
+		`{"subject":"` + id + `"}`, `{"act":{"sub":"` + other + `","act":{"sub":"` + id + `"}}}`, `{"scope":"` + id + ` "}`, `{}`,
+	} {
+		e := forgeEvent(chain, time.Now().Add(time.Duration(i)*time.Second), tokenIssued)
+		e.Metadata = json.RawMessage(metadata)
+		e.UserAgent = `says "` + id + `" itself`
+		e.Hash = e.documentedHash()
+		chain = append(chain, e)
+		insertEvents(t, v.db, chain[len(chain)-1:])
+	}
+	all, err := v.export()
+	if n := len(chain); err != nil || len(all) != n+1 {
+		t.Fatalf("audit-export = %d lines, %v, want %d", len(all), err, n+1)
+	}
+	n, w := len(chain), newWitness(v)
+	text := func(lines []string) string { return strings.Join(lines, "\n") + "\n" }
+	whole := checkpointLine.FindStringSubmatch(all[n])[1]
+	names := func(e servedEvent) bool {
+		return idText(e.AgentID) == id || idText(e.ActorID) == id || strings.Contains(string(e.Metadata), `"`+id+`"`)
+	}
+	from, to := chain[5].Timestamp, chain[n-3].Timestamp
+	after := func(e servedEvent) bool { return e.Timestamp >= from }
+	before := func(e servedEvent) bool { return e.Timestamp <= to }
+	day := time.Now().UTC().Format(time.DateOnly)
+	dayBegins, dayEnds := day+"T00:00:00.000Z", day+"T23:59:59.999Z"
+	parts := map[string][]string{}
+	for _, row := range []struct {
+		args []string
+		part partOfLog
+		has  func(servedEvent) bool
+	}{
+		{[]string{"-agent", id}, partOfLog{AgentID: &id}, names},
+		{[]string{"-from", from}, partOfLog{FromDate: &from}, after},
+		{[]string{"--to", to}, partOfLog{ToDate: &to}, before},
+		{[]string{"-agent=" + id, "-from=" + from, "-to=" + to}, partOfLog{AgentID: &id, FromDate: &from, ToDate: &to}, func(e servedEvent) bool { return names(e) && after(e) && before(e) }},
+		{[]string{"-from", day, "-to", day}, partOfLog{FromDate: &dayBegins, ToDate: &dayEnds}, func(e servedEvent) bool { return e.Timestamp >= dayBegins && e.Timestamp <= dayEnds }},
+		{[]string{"-agent", newID()}, partOfLog{}, func(servedEvent) bool { return false }},
+	} {
+		lines, err := v.export(row.args...)
+		var want []string
+		for i, e := range chain {
+			if row.has(e) {
+				want = append(want, all[i])
+			}
+		}
+		if err != nil || !slices.Equal(lines[:len(lines)-1], want) {
+			t.Fatalf("audit-export %q = %d lines, %v, want %d", row.args, len(lines), err, len(want)+1)
+		}
+		signed := checkpointLine.FindStringSubmatch(lines[len(want)])[1]
+		var claims partClaims
+		payload, err := base64.RawURLEncoding.DecodeString(strings.Split(signed, ".")[1])
+		if err = errors.Join(err, json.Unmarshal(payload, &claims)); err != nil {
+			t.Fatal(err)
+		}
+		if row.part.AgentID == nil && row.part.FromDate == nil && row.part.ToDate == nil {
+			row.part.AgentID = claims.Part.AgentID
+		}
+		row.part.Events, row.part.Digest = len(want), digestOf(t, want)
+		asked, _ := json.Marshal(row.part)
+		if got, _ := json.Marshal(claims.Part); claims.Seq != int64(n) || claims.Hash != chain[n-1].Hash || string(got) != string(asked) {
+			t.Errorf("audit-export %q signs %s, want %s of seq %d", row.args, payload, asked, n)
+		}
+		for _, cp := range []string{"", whole, signed} {
+			out, err := w.checks(text(lines), strings.Fields(cp)...)
+			says := fmt.Sprintf("verified: %d events, only a part of the log up to seq %d: %s\nthat none of the part is missing is the word of whoever holds the key\nissuer: %s\n", len(want), n, asked, v.env["ISSUER"])
+			if err != nil || !strings.HasPrefix(out, says) || strings.Contains(out, "extends") != (cp != "") {
+				t.Errorf("verify-audit of the part %q = %q, %v, want %q", row.args, out, err, says)
+			}
+		}
+		if out, err := v.verifyAudit(signed); err != nil || !strings.Contains(out, fmt.Sprintf("extends the checkpoint at seq %d\n", n)) {
+			t.Errorf("verify-audit with the checkpoint of the part %q = %q, %v", row.args, out, err)
+		}
+		if out, err := w.checks(text(all), signed); err != nil || !strings.Contains(out, fmt.Sprintf("extends the checkpoint at seq %d\n", n)) {
+			t.Errorf("verify-audit of the whole with the checkpoint of the part %q = %q, %v", row.args, out, err)
+		}
+		parts[row.args[0]] = lines
+	}
+
+	part, err := v.export("-agent", id)
+	if err != nil || len(part) < 6 {
+		t.Fatalf("audit-export -agent = %q, %v", part, err)
+	}
+	of, bad := len(part)-1, fmt.Sprintf("these are not the %d events", len(part)-1)
+	sign1 := func(change func(*partClaims)) string {
+		c := partClaims{checkpoint{v.env["ISSUER"], int64(n), chain[n-1].Hash, 1}, partOfLog{AgentID: &id, Events: of, Digest: digestOf(t, part[:of])}}
+		change(&c)
+		return `{"checkpoint":"` + sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, c) + `"}`
+	}
+	var third servedEvent
+	if err := json.Unmarshal([]byte(part[2]), &third); err != nil {
+		t.Fatal(err)
+	}
+	for _, row := range []struct {
+		name, checkpoint string
+		alter            func([]string) []string
+		want             string
+	}{
+		{"as documented", "", func(l []string) []string { l[of] = sign1(func(*partClaims) {}); return l }, ""},
+		{"one left out", "", func(l []string) []string { return slices.Delete(l, 2, 3) }, bad},
+		{"the first left out", "", func(l []string) []string { return l[1:] }, bad},
+		{"the last left out", "", func(l []string) []string { return slices.Delete(l, of-1, of) }, bad},
+		{"all left out", "", func(l []string) []string { return l[of:] }, bad},
+		{"one doubled", "", func(l []string) []string { return slices.Insert(l, 2, l[2]) }, fmt.Sprintf("the first bad seq is %d", third.Seq)},
+		{"two that changed places", "", func(l []string) []string { l[1], l[2] = l[2], l[1]; return l }, "the first bad seq is "},
+		{"one altered", "", func(l []string) []string { l[2] = strings.Replace(l[2], `"success"`, `"failure"`, 1); return l }, fmt.Sprintf("the first bad seq is %d", third.Seq)},
+		{"one altered and hashed anew", "", func(l []string) []string {
+			l[2] = hashedAnew(t, []string{strings.Replace(l[2], `"success"`, `"failure"`, 1), ""}, 0)[0]
+			return l
+		}, bad},
+		{"a space", "", func(l []string) []string { l[2] += " "; return l }, "line 3 "},
+		{"wider by another of the log", "", func(l []string) []string { return append([]string{all[0]}, l...) }, bad},
+		{"its last line under the whole", "", func(l []string) []string { return append(slices.Clone(all[:n]), l[of]) }, bad},
+		{"the whole's last line under it", "", func(l []string) []string { l[of] = all[n]; return l }, "the first bad seq is "},
+		{"another part's last line under it", "", func(l []string) []string { l[of] = parts["-from"][len(parts["-from"])-1]; return l }, "these are not the "},
+		{"no last line", "", func(l []string) []string { return l[:of] }, "cut off"},
+		{"signed for another agent", "", func(l []string) []string { l[of] = sign1(func(c *partClaims) { c.Part.AgentID = &other }); return l }, bad},
+		{"signed for a later time", "", func(l []string) []string { l[of] = sign1(func(c *partClaims) { c.Part.FromDate = &to }); return l }, bad},
+		{"signed for an earlier time", "", func(l []string) []string { l[of] = sign1(func(c *partClaims) { c.Part.ToDate = &from }); return l }, bad},
+		{"signed for one more", "", func(l []string) []string { l[of] = sign1(func(c *partClaims) { c.Part.Events++ }); return l }, "these are not the "},
+		{"signed before its last event", "", func(l []string) []string { l[of] = sign1(func(c *partClaims) { c.Seq = 2 }); return l }, bad},
+		{"held to a checkpoint of before", sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, checkpoint{v.env["ISSUER"], 5, chain[4].Hash, 1}), func(l []string) []string { return l }, "can't be held to the checkpoint at seq 5"},
+		{"held to one of another log", sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, checkpoint{v.env["ISSUER"], int64(n), firstPrevHash, 1}), func(l []string) []string { return l }, fmt.Sprintf("the first bad seq is %d", n)},
+		{"held to another issuer's", sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, checkpoint{v.env["ISSUER"] + "/", 5, chain[4].Hash, 1}), func(l []string) []string { return l }, "no checkpoint of this issuer"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			w := &witness{t, t.TempDir(), w.jwks}
+			out, err := w.checks(text(row.alter(slices.Clone(part))), strings.Fields(row.checkpoint)...)
+			if row.want == "" && (err != nil || !strings.HasPrefix(out, "verified: ")) || row.want != "" && (err == nil || !strings.Contains(err.Error(), row.want) || out != "") {
+				t.Errorf("verify-audit = %q, %v, want %q", out, err, row.want)
+			}
+		})
+	}
+	// What isn't printed is checked too.
+	for _, name := range v.relations() {
+		v.exec(`drop trigger if exists append_only on ` + name)
+	}
+	v.exec(`update audit_events set user_agent = 'x' where seq = 1`)
+	if lines, err := v.export("-agent", id); err == nil || !strings.Contains(err.Error(), "the first bad seq is 1") || strings.Contains(text(lines), "checkpoint") {
+		t.Errorf("audit-export -agent of an altered log = %q, %v", lines, err)
 	}
 }
