@@ -124,13 +124,21 @@ events() {
 	sort -n "$dir/pages" | awk -v head="$1" '$1 <= head' | cut -d ' ' -f 2- >"$2"
 }
 
-# summary FILE: how many events of which kind, from where, and from when to when.
+# summary FILE: how many events of which kind, from where, and from when to when. Fields are what stands between quotes.
 summary() {
 	note "$(wc -l <"$1" | tr -d ' ') events in ${1##*/}"
-	sed -n 's/.*"action":"\([^"]*\)","outcome":"\([^"]*\)","ipAddress":"\([^"]*\)".*/\1 \2 from \3/p' "$1" | sort | uniq -c |
-		while read -r count what; do note "$count of $what"; done
-	sed -n 's/.*"timestamp":"\([^"]*\)".*/\1/p' "$1" | sort | sed -n -e '1{s/^/the first at /p;s/^the first at //;}' -e '$s/^/the last at /p' |
-		while read -r line; do note "$line"; done
+	awk -F '"' '{
+		for (i = 6; $i != "action" && i < NF; i++);
+		count[$(i + 2) " " $(i + 6) " from " $(i + 10)]++
+		at = $(NF - 9)
+		if (NR == 1 || at < first) first = at
+		if (at > last) last = at
+	}
+	END {
+		for (what in count) print count[what], "of", what | "sort -k 3"
+		close("sort -k 3")
+		if (NR) print "the first at " first "\nthe last at " last
+	}' "$1" | while read -r line; do note "$line"; done
 }
 
 step "$mode: agent $AGENT_ID at $BASE; by $CLIENT_ID"
