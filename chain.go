@@ -320,6 +320,10 @@ func (s *server) verifyChain(ctx context.Context, from, limit int64, cp *checkpo
 	if err != nil {
 		return report, fmt.Errorf("loading the ends of the chain: %w", err)
 	}
+	if oldest < 1 { // before the first there is none
+		report.FirstBadSeq = 1
+		return report, nil
+	}
 	if from == 0 {
 		from = newest - limit + 1
 	}

@@ -1003,7 +1003,7 @@ func TestTamperingIsNamed(t *testing.T) {
 			for _, name := range v.relations() {
 				sql.WriteString(`drop trigger if exists append_only on ` + name + `;`)
 			}
-			if _, err := tx.Exec(t.Context(), sql.String()+`truncate audit_events`); err != nil {
+			if _, err := tx.Exec(t.Context(), sql.String()+`truncate audit_events; alter table audit_events drop constraint if exists audit_events_seq_check`); err != nil {
 				return err
 			}
 			insertEvents(t, tx.Conn(), events)
@@ -1086,6 +1086,16 @@ func TestTamperingIsNamed(t *testing.T) {
 			}
 			return e
 		}, 5, true},
+		{"insert one before the first, to which that is linked", func(e []servedEvent) []servedEvent {
+			forged := forgeEvent(nil, time.Now(), "token.issued")
+			forged.Seq, forged.Hash = 0, e[0].PrevHash
+			return slices.Insert(e, 0, forged)
+		}, 1, true},
+		{"insert far before the first", func(e []servedEvent) []servedEvent {
+			forged := forgeEvent(nil, time.Now(), "token.issued")
+			forged.Seq = -5
+			return slices.Insert(e, 0, forged)
+		}, 1, true},
 		{"insert with a hash of nothing", func(e []servedEvent) []servedEvent {
 			forged := forgeEvent(e, time.Now(), "token.issued")
 			forged.Hash = firstPrevHash
