@@ -10,7 +10,7 @@
 #   --keep DIR   It is kept in DIR, for the next run. Redis has nothing that is worth keeping.
 #
 # with-services.sh --install PACKAGE... installs Debian packages if this user may. None of their services is started
-# now; those of PostgreSQL and Redis start with the machine, as Debian has it.
+# now; those of PostgreSQL, Redis and rsyslog start with the machine, as Debian has it.
 #
 # Without --keep, the programs of both are in PATH, installed if need be, also where both URLs are set: tests start
 # further servers of their own.

@@ -153,6 +153,7 @@ type relay struct {
 	es                *estate
 	siem              *siem
 	folder            string
+	paths             *strings.Replacer // those of the page by ours
 	follower, shipper *process
 	log               logBuffer
 	days              int
@@ -167,17 +168,18 @@ func newRelay(t *testing.T, es *estate) *relay {
 	for _, name := range []string{"bin", "etc", "log", "spool"} {
 		err = errors.Join(err, os.Mkdir(filepath.Join(y.folder, name), 0o755))
 	}
-	conf := strings.NewReplacer("/var/log/agentidp", y.folder+"/log", `target="siem.example.com"`, `target="127.0.0.1"`,
-		`port="6514"`, `port="`+y.siem.port+`"`, "/etc/ssl/certs/ca-certificates.crt", y.folder+"/ca.pem").Replace(fence(t, "siem.md", `module(load="imfile")`))
-	err = errors.Join(err, os.Symlink(program, y.folder+"/bin/agentidp"), os.Symlink(rsyslogd, y.folder+"/bin/rsyslogd"),
+	y.paths = strings.NewReplacer("/usr/local/bin", y.folder+"/bin", "/etc/agentidp-audit", y.folder+"/etc", "/var/log/agentidp", y.folder+"/log",
+		"/var/lib/agentidp-siem", y.folder+"/spool", "/usr/sbin/rsyslogd", rsyslogd, `target="siem.example.com"`, `target="127.0.0.1"`,
+		`port="6514"`, `port="`+y.siem.port+`"`, "/etc/ssl/certs/ca-certificates.crt", y.folder+"/ca.pem")
+	err = errors.Join(err, os.Symlink(program, y.folder+"/bin/agentidp"),
 		os.WriteFile(y.folder+"/bin/follow-audit", []byte(fence(t, "siem.md", "# follow-audit FOLDER")), 0o755),
 		os.WriteFile(y.folder+"/bin/date", []byte("#!/bin/sh\n[ \"$*\" = '-u +%F' ] && cat "+y.folder+"/day\n"), 0o755),
-		os.WriteFile(y.folder+"/rsyslog.conf", []byte("global(workDirectory=\""+y.folder+"/spool\")\n"+conf), 0o644))
+		os.WriteFile(y.folder+"/etc/rsyslog.conf", []byte(y.paths.Replace(fence(t, "siem.md", `module(load="imfile")`))), 0o644))
 	if err != nil {
 		t.Fatal(err)
 	}
 	y.nextDay()
-	cmd := exec.Command("sh", "-eu", "-c", strings.ReplaceAll(fence(t, "siem.md", "create role agentidp_reader"), "/etc/agentidp-audit", y.folder+"/etc"))
+	cmd := exec.Command("sh", "-eu", "-c", y.paths.Replace(fence(t, "siem.md", "create role agentidp_reader")))
 	cmd.Env = []string{"PATH=" + y.folder + "/bin:" + os.Getenv("PATH"), "PGHOST=" + es.postgres.folder, "PGPORT=5432", "PGUSER=" + theSuperuser,
 		"PGDATABASE=agentidp", "POSTGRES=127.0.0.1:5432"}
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -228,20 +230,32 @@ func (y *relay) nextDay() {
 	y.days++
 }
 
-// follow starts what the unit starts.
-func (y *relay) follow() *process {
+// unit starts what the unit with these words starts.
+func (y *relay) unit(words string) *process {
 	y.t.Helper()
-	unit := strings.NewReplacer("/usr/local/bin", y.folder+"/bin", "/etc/agentidp-audit", y.folder+"/etc", "/var/log/agentidp", y.folder+"/log").
-		Replace(fence(y.t, "siem.md", "ExecStart="))
-	start := regexp.MustCompile(`(?m)^ExecStart=(.*)$`).FindStringSubmatch(unit)
-	words := strings.Fields(start[1])
-	cmd := exec.Command(words[0], words[1:]...)
+	unit := y.paths.Replace(fence(y.t, "siem.md", words))
+	start := strings.Fields(regexp.MustCompile(`(?m)^ExecStart=(.*)$`).FindStringSubmatch(unit)[1])
+	cmd := exec.Command(start[0], start[1:]...)
 	cmd.Env = []string{"PATH=" + y.folder + "/bin:" + os.Getenv("PATH")}
 	for _, line := range regexp.MustCompile(`(?m)^Environment=(.*)$`).FindAllStringSubmatch(unit, -1) {
 		cmd.Env = append(cmd.Env, strings.Fields(line[1])...)
 	}
 	cmd.Stdout, cmd.Stderr = &y.log, &y.log
 	return startProcess(y.t, cmd, syscall.SIGKILL)
+}
+
+func (y *relay) follow() *process { return y.unit("ExecStart=/usr/local/bin/follow-audit") }
+
+const shipping = "ExecStart=/usr/sbin/rsyslogd"
+
+// stopShipper stops it as its unit does, which has to be the same as what happens to it otherwise.
+func (y *relay) stopShipper() {
+	y.t.Helper()
+	if strings.Contains(fence(y.t, "siem.md", shipping), "\nKillSignal=SIGKILL\n") {
+		y.shipper.kill()
+	} else {
+		y.shipper.stop(y.t, syscall.SIGTERM)
+	}
 }
 
 // keep starts whatever of the two has ended, as Restart=always does.
@@ -262,9 +276,7 @@ func (y *relay) keep() {
 		y.follower = y.follow()
 	}
 	if gone(y.shipper) {
-		cmd := exec.Command(y.folder+"/bin/rsyslogd", "-n", "-f", y.folder+"/rsyslog.conf", "-iNONE")
-		cmd.Stdout, cmd.Stderr = &y.log, &y.log
-		y.shipper = startProcess(y.t, cmd, syscall.SIGKILL)
+		y.shipper = y.unit(shipping)
 	}
 }
 
@@ -348,10 +360,11 @@ func TestEachEventReachesASIEMWhateverIsKilled(t *testing.T) {
 				y.shipper.kill()
 				y.keep()
 				time.Sleep(time.Duration(rand.IntN(600)) * time.Millisecond)
-				y.shipper.stop(t, []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL}[rand.IntN(2)])
+				y.stopShipper()
 				y.siem.open()
+			} else {
+				y.stopShipper()
 			}
-			y.shipper.kill()
 			kills[what]++
 		case "service":
 			p.kill()
