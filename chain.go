@@ -286,11 +286,11 @@ type part struct {
 	Digest   digest  `json:"digest"` // SHA-256 over their hashes, in hexadecimal, each with a line's end
 }
 
-// has tells whether events are of the part that were at these times at the earliest and at the
-// latest, and that have these texts, each with its quotes. An event names whom it has as a whole text.
-func (p *part) has(first, last moment, texts string) bool {
-	return (p.AgentID == nil || strings.Contains(texts, `"`+*p.AgentID+`"`)) &&
-		(p.FromDate == nil || !first.Before(p.FromDate.Time)) && (p.ToDate == nil || !last.After(p.ToDate.Time))
+// has tells whether an event is of the part. Whom it names it has as a text by itself.
+func (p *part) has(e *event) bool {
+	line, _ := encodeEvents(e, *e)
+	return (p.AgentID == nil || bytes.Contains(line, []byte(`"`+*p.AgentID+`"`))) &&
+		(p.FromDate == nil || !e.Timestamp.Before(p.FromDate.Time)) && (p.ToDate == nil || !e.Timestamp.After(p.ToDate.Time))
 }
 
 // A chainReport is what a reading of the chain found.
