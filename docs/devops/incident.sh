@@ -109,19 +109,27 @@ introspect() {
 	{ as_client "$1" /introspect "$CLIENT_ID" "$CLIENT_SECRET" && printf 'data = "token=%s"\n' "$2"; } | ask 200
 }
 
-# events HEAD FILE: reads the log by cursor, newest first, into a file, one event a line, oldest first and up to this seq.
+# events HEAD FILE: reads the log up to this seq into a file, one event a line; SINCE is found by halving.
 events() {
-	cursor='' pages=0
+	before=-1 next=${SINCE:+$1}
+	next=${next:-0}
+	while [ $((next - before)) -gt 1 ]; do
+		middle=$(((before + next) / 2))
+		as_operator "$BASE" "/audit?limit=1&after=$middle" | ask '200 400' "$dir/page" # 400 is of before what is served
+		at=$(sed -n 's/.*"timestamp":"\([^"]*\)".*/\1/p' "$dir/page")
+		if [ -n "$at" ] && expr "$at" '>=' "$SINCE" >/dev/null; then next=$middle; else before=$middle; fi
+	done
+	pages=0
 	: >"$dir/pages"
-	while [ -n "$cursor" ] || [ $pages = 0 ]; do
+	while [ "${next%-*}" -lt "$1" ]; do
 		[ $((pages % 50)) != 0 ] || sign_in # a long reading may outlive a token
-		as_operator "$BASE" "/audit?limit=100${SINCE:+&fromDate=$SINCE}${cursor:+&cursor=$cursor}" | ask 200 "$dir/page"
-		sed -e 's/^{"data":\[//' -e 's/\],"total":[0-9].*$//' -e 's/},{"eventId":/}\
-{"eventId":/g' "$dir/page" | sed -n 's/^{"eventId":"[^"]*","seq":\([0-9]*\),/\1 &/p' >>"$dir/pages"
-		cursor=$(sed -n 's/.*"nextCursor":"\([^"]*\)".*/\1/p' "$dir/page")
+		as_operator "$BASE" "/audit?limit=1000&after=$next" | ask 200 "$dir/page"
+		sed -e 's/^{"data":\[//' -e 's/\],"next":"[^"]*"}$//' -e 's/},{"eventId":/}\
+{"eventId":/g' "$dir/page" >>"$dir/pages"
+		next=$(sed -n 's/.*\],"next":"\([^"]*\)"}$/\1/p' "$dir/page")
 		pages=$((pages + 1))
 	done
-	sort -n "$dir/pages" | awk -v head="$1" '$1 <= head' | cut -d ' ' -f 2- >"$2"
+	awk -F '[:,]' -v head="$1" '$4 <= head' "$dir/pages" >"$2"
 }
 
 # summary FILE: how many events of which kind, from where, and from when to when. Fields are what stands between quotes.
