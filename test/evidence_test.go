@@ -279,10 +279,25 @@ func (w *witness) file(name, text string) string {
 	return name
 }
 
-// checks runs verify-audit without a variable of the environment.
+// checks runs verify-audit without a variable of the environment, and then the checker that was written from
+// docs/review.md alone. What that refuses has to be what ours does, but for the form of a line and what it doesn't know:
+// ES256, and a part.
 func (w *witness) checks(export string, checkpoint ...string) (out string, err error) {
 	w.t.Helper()
-	return command(w.t.Context(), nil, testLog, append([]string{"verify-audit", "--file", w.file("export", export), "--jwks", w.jwks}, checkpoint...)...)
+	file := w.file("export", export)
+	out, err = command(w.t.Context(), nil, testLog, append([]string{"verify-audit", "--file", file, "--jwks", w.jwks}, checkpoint...)...)
+	python, missing := exec.LookPath("python3")
+	if missing != nil {
+		python = installed(w.t, "python3", "python3")
+	}
+	independent := exec.Command(python, append([]string{"docs/check_export.py", file, w.jwks}, checkpoint...)...)
+	independent.Dir = ".."
+	says, refusal := independent.CombinedOutput()
+	code := independent.ProcessState.ExitCode()
+	if ours := err == nil; code != 2 && !strings.Contains(out, "only a part") && ours != (refusal == nil) && (ours || strings.Contains(err.Error(), "the first bad seq")) || code < 0 || code > 2 || strings.Contains(string(says), "Traceback") {
+		w.t.Errorf("the checker of the page ends with %d and %q, and ours with %v", code, says, err)
+	}
+	return out, err
 }
 
 // hashedAnew are lines in which from a place on the links and hashes are right again.
