@@ -22,8 +22,8 @@ go_test = $(GO) test $(if $(shell command -v setpriv),-exec "$(call tied,KILL)")
 # The race detector, but for bcrypt, which computes with what is its own, and takes ten times as long with it.
 race = -race -gcflags=golang.org/x/crypto/blowfish=-race=false
 
-# Tests at once: one more than there are cores, since some only wait.
-parallel = $(shell expr $$(nproc) + 1)
+# Tests at once: two more than there are cores, since some only wait.
+parallel = $(shell expr $$(nproc) + 2)
 
 help: ## list these
 	@sed -n 's/^\([a-z]*\):[^#]*## /make \1	/p' Makefile | expand -t 17
