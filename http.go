@@ -256,7 +256,7 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 	}
 	err = s.recordRefusal(r, err)
 	p, isProblem := errors.AsType[*problem](err)
-	if isFault := err != nil && (!isProblem || p.status == http.StatusServiceUnavailable); isFault && r.caller.proof.kept && (rt.form == oauth || rt.records == "") {
+	if isFault := err != nil && (!isProblem || p.status == http.StatusServiceUnavailable); isFault && !r.begun && r.caller.proof.kept && (rt.form == oauth || rt.records == "") {
 		s.redis.giveBack(r.Context(), r.caller.proof.key()) // it may be sent again as it is
 	}
 	return body, err
