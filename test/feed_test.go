@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -453,11 +454,13 @@ func TestFeedStepsOverNothing(t *testing.T) {
 	readers.Go(func() { followers[2].listen(reading, p.bearer, p.url, q.url) })
 	readers.Go(func() { followers[3].listen(reading, p.bearer, q.url) })
 	var cutters []*cutter
+	signer := *p.service // for a copy that is started again has another port in its own
+	signer.env = maps.Clone(p.env)
 	for range 8 {
 		c := &cutter{agent: p.newAgent("a:b"), credential: newID()}
 		c.secretID = p.secretOf(c.agent, c.credential)
 		cutters = append(cutters, c)
-		writers.Go(func() { c.run(cutting, p.service, p.url, q.url) })
+		writers.Go(func() { c.run(cutting, &signer, p.url, q.url) })
 	}
 	for i := range rounds(8, 80) {
 		time.Sleep(time.Duration(200+rand.IntN(500)) * time.Millisecond)
