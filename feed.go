@@ -156,16 +156,16 @@ func (s *server) listRevocations(r *request) (any, error) {
 	if id := r.Header.Get("Last-Event-ID"); streams && id != "" { // of who comes again by the same URL
 		in.values["after"] = id
 	}
-	after, wait := take(in, "after", parsed("must be the next of an answer", parsePlace)), take(in, "wait", whole(1, feedWait))
+	after, wait := take(in, "after", parsed("must be 0, a seq, or the next of an answer", parsePlace)), take(in, "wait", whole(1, feedWait))
 	p, at, err := revocations{}, place{}, in.problem()
 	if after != nil {
 		at = *after
 	}
-	if err == nil && at.hash == "" {
-		_, err = s.record(r, entry{event: newEvent(revocationsRead, r.caller.AgentID, facts{}), needs: []origin{r.caller.origin}})()
-	}
 	if err == nil {
 		p, err = s.readOn(r.Context(), at)
+	}
+	if err == nil && at.hash == "" {
+		_, err = s.record(r, entry{event: newEvent(revocationsRead, r.caller.AgentID, facts{}), needs: []origin{r.caller.origin}})()
 	}
 	if err == nil && streams {
 		err = s.wait(r, func() error { return s.stream(r, p) })
