@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/http"
 	"regexp"
 	"slices"
@@ -26,6 +27,7 @@ const (
 	feedRoomOf = 50                     // of one client
 	feedWait   = 30                     // seconds that a reader may ask to wait
 	feedEvery  = 300 * time.Millisecond // how often it is looked for them whether there is something
+	feedLife   = 5 * time.Minute        // of a stream, since who has vanished is not seen
 	feedBeat   = 10 * time.Second       // after which a stream says that it is there; and the time to take what is written
 )
 
@@ -100,14 +102,16 @@ func (p revocations) any() bool { return p.More || len(p.Entries) > 0 }
 
 // loadRevocations reads on for all who ask at the same time, who are mostly in one place.
 func loadRevocations(ctx context.Context, db querier, after []place) (list []revocations, err error) {
-	read := map[place]revocations{}
+	read, head := map[place]revocations{}, int64(math.MaxInt64) // to one head, so that from there on they are in one place
 	for _, at := range after {
 		p, again := read[at]
 		if !again {
-			if p, err = loadPage(ctx, db, at); err != nil {
+			if p, err = loadPage(ctx, db, at, head); err != nil {
 				return nil, fmt.Errorf("reading on in the log: %w", err)
 			}
-			read[at] = p
+			if read[at] = p; !p.More && !p.lost {
+				head = p.Next.seq
+			}
 		}
 		list = append(list, p)
 	}
@@ -115,13 +119,13 @@ func loadRevocations(ctx context.Context, db querier, after []place) (list []rev
 }
 
 // loadPage reads the event at a place, those behind it that the feed tells of and whose tokens
-// may be valid, and the head.
-func loadPage(ctx context.Context, db querier, at place) (revocations, error) {
+// may be valid, and the head, up to a seq.
+func loadPage(ctx context.Context, db querier, at place, upTo int64) (revocations, error) {
 	p := revocations{Entries: []revocation{}, Next: at, lost: at.seq > 0}
 	rows, _ := db.Query(ctx, `
 		select `+eventColumns+`
 		from audit_events
-		where seq in ($1, (select max(seq) from audit_events))
+		where seq in ($1, (select max(seq) from audit_events where seq <= $4))
 		union all
 		select events.*
 		from unnest($2::text[]) as wanted
@@ -129,22 +133,23 @@ func loadPage(ctx context.Context, db querier, at place) (revocations, error) {
 			select `+eventColumns+`
 			from audit_events
 			where action = wanted and action <> 'token.issued' and seq > $1 -- as the index has it
-				and outcome = 'success' and "timestamp" > now() - $3::interval
+				and seq <= $4 and outcome = 'success' and "timestamp" > now() - $3::interval
 			order by seq
 			limit 1000) as events
 		order by seq
-		limit 1000`, at.seq, feedActions, maxTokenTTL+clockTrust)
+		limit 1000`, at.seq, feedActions, maxTokenTTL+clockTrust, upTo)
 	events, err := pgx.CollectRows(rows, pgx.RowToStructByName[event])
 	p.More = len(events) == feedPage
 	for _, e := range events {
 		x, ok, wrong := revocationOf(e)
 		here := placeOf(e)
-		if e.Seq == at.seq {
-			p.lost = at.hash != "" && at != here
-		} else if ok && here != p.Next { // the head may be there twice
+		if e.Seq < at.seq || e.Seq == at.seq && at.hash != "" && at != here { // a shorter log, or another
+			break
+		}
+		if ok && e.Seq > at.seq && here != p.Next { // the head may be there twice
 			p.Entries = append(p.Entries, x)
 		}
-		p.Next, err = here, cmp.Or(err, wrong)
+		p.Next, p.lost, err = here, false, cmp.Or(err, wrong) // where the event is gone for its age, what is behind it isn't
 	}
 	return p, err
 }
@@ -213,7 +218,15 @@ func (s *server) readEvents(r *request) (any, error) {
 	if after.seq > 0 && grown(p) && (len(out.Data) == 0 || out.Data[0].Seq != after.seq+1) {
 		return nil, errRetention.with(map[string]any{"retentionDays": s.cfg.retentionDays, "oldest": moment{oldest}})
 	}
-	for _, e := range out.Data {
+	if !grown(p) {
+		out.Next = p.Next // with its hash
+	}
+	bytes := 0
+	for i, e := range out.Data {
+		if bytes += len(e.Metadata); bytes > 1<<20 && i > 0 { // or who doesn't read answers would hold much
+			out.Data = out.Data[:i]
+			break
+		}
 		out.Next = placeOf(e)
 	}
 	return encodeEvents(out, out.Data...)
@@ -250,11 +263,11 @@ func (s *server) wait(r *request, do func() error) error {
 }
 
 // await looks, behind the head that it has read, until it has found something, or most
-// seconds or the token are over, or the reader has gone, or the copy stops. All look at the same
+// seconds or the token are over, or other keys are here, or the reader has gone, or the copy stops. All look at the same
 // moments, from nearly the same place, and so ask once for many. No fault passes for nothing.
 func (s *server) await(r *request, p revocations, most int, found func(revocations) bool) (revocations, error) {
-	end := time.Now().Add(min(time.Duration(most)*time.Second, time.Unix(r.caller.until, 0).Sub(s.now())))
-	for time.Now().Before(end) && !s.draining.Load() {
+	end, keys := time.Now().Add(min(time.Duration(most)*time.Second, time.Unix(r.caller.until, 0).Sub(s.now()))), s.keys.Load()
+	for time.Now().Before(end) && s.keys.Load() == keys && !s.draining.Load() {
 		select {
 		case <-time.After(feedEvery - time.Duration(time.Now().UnixNano())%feedEvery):
 		case <-r.connected.Done():
@@ -273,14 +286,17 @@ func (s *server) await(r *request, p revocations, most int, found func(revocatio
 }
 
 // stream writes what comes as server-sent events (html.spec.whatwg.org, section 9.2), and what
-// is none after feedBeat, until the token is over, or its owner cut off, or the reader has gone or
-// doesn't take what is written in time, or something fails.
+// is none after feedBeat, until feedLife or the token is over, or its owner cut off, or other keys are
+// here, or the reader has gone or doesn't take what is written in time, or something fails.
 func (s *server) stream(r *request, p revocations) (err error) {
-	r.out.Set("Content-Type", "text/event-stream")
-	r.out.Set("X-Accel-Buffering", "no") // nginx would keep it back until it is much
-	r.begun = true
-	conn := http.NewResponseController(r.writer)
-	for err == nil && s.now().Unix() < r.caller.until {
+	conn, end, keys := http.NewResponseController(r.writer), time.Now().Add(feedLife), s.keys.Load()
+	for time.Now().Before(end) && s.now().Unix() < r.caller.until && s.keys.Load() == keys {
+		if err := s.checkAlive(r.Context(), &r.caller); err != nil {
+			return err
+		}
+		r.out.Set("Content-Type", "text/event-stream")
+		r.out.Set("X-Accel-Buffering", "no") // nginx would keep it back until it is much
+		r.begun = true
 		data, _ := json.Marshal(p)
 		_ = conn.SetWriteDeadline(time.Now().Add(feedBeat))
 		_, gone := fmt.Fprintf(r.writer, "id: %s\ndata: %s\n\n", p.Next, data)
@@ -288,14 +304,16 @@ func (s *server) stream(r *request, p revocations) (err error) {
 			return nil
 		}
 		r.renew()
-		if p.More {
-			p, err = s.readOn(r.Context(), p.Next)
-		} else {
+		if !p.More {
 			p, err = s.await(r, p, int(feedBeat/time.Second), revocations.any)
+		} else if s.behind.enter(r.connected) == nil { // one at a time, however many have much to read
+			r.renew()
+			p, err = s.readOn(r.Context(), p.Next)
+			s.behind.leave()
 		}
-		if err == nil {
-			err = s.checkAlive(r.Context(), &r.caller)
+		if err != nil {
+			return err
 		}
 	}
-	return err
+	return nil
 }

@@ -250,7 +250,7 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 	if err = rt.who(r); err == nil {
 		begun := time.Now()
 		body, err = rt.handle(r)
-		if err == nil && rt.records == "" && time.Since(begun) > readTime { // who waited may have been cut off meanwhile
+		if err == nil && !r.begun && rt.records == "" && time.Since(begun) > readTime { // who waited may have been cut off meanwhile
 			err = s.checkAlive(r.Context(), &r.caller)
 		}
 	}

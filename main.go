@@ -239,6 +239,7 @@ type server struct {
 	lives    *queue[origin, life]
 	feed     *queue[place, revocations]
 	waiting  *lanes       // for readers of that, by client
+	behind   slots        // for those of them that have more to read
 	readers  atomic.Int64 // that wait
 	meter    *meter
 	postgres pulse // beats with each commit of the recorder, and of the keeper where there is none
@@ -296,7 +297,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), rooms: newLanes(maxInRoom), lanes: newLanes(1), waiting: newLanes(feedRoomOf)}
+	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), rooms: newLanes(maxInRoom), lanes: newLanes(1), waiting: newLanes(feedRoomOf), behind: make(slots, 1)}
 	s.recorder = newQueue(s.storeEvents)
 	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]client, error) {
 		return loadSecretOwners(ctx, inner, shown)

@@ -173,7 +173,7 @@ func TestPageHasEveryTimeAndSize(t *testing.T) {
 		"maxBodies": maxBodies, "maxBodiesOf": maxBodiesOf, "bodyTime": bodyTime, "bodyPace": bodyPace,
 		"readTime": readTime, "maxInRoom": maxInRoom, "maxWaiting": maxWaiting, "maxBody": maxBody, "maxHeader": maxHeader, "maxInFlight": maxInFlight, "queueSize": queueSize,
 		"batchSize": batchSize, "memoSize": memoSize, "maxTokenTTL": maxTokenTTL, "clockSkew": clockSkew, "assertionLife": assertionLife,
-		"feedPage": feedPage, "feedRoom": feedRoom, "feedRoomOf": feedRoomOf, "feedWait": feedWait, "feedEvery": feedEvery, "feedBeat": feedBeat,
+		"feedPage": feedPage, "feedRoom": feedRoom, "feedRoomOf": feedRoomOf, "feedWait": feedWait, "feedEvery": feedEvery, "feedBeat": feedBeat, "feedLife": feedLife,
 		"proofPast": proofPast, "proofMemory": proofMemory,
 		"workloadLife": workloadLife, "keysAgain": keysAgain, "keysFresh": keysFresh, "keysLast": keysLast, "fetchTimeout": fetchTimeout,
 	}

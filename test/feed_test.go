@@ -11,6 +11,8 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -52,7 +54,7 @@ func (v *service) feed(query string) feedPage {
 // feedEnd is the place behind all that there is.
 func (v *service) feedEnd() string {
 	v.t.Helper()
-	p := v.feed("")
+	p := v.feed("?after=" + v.feed("").Next) // behind the event of the first reading, too
 	for p.More {
 		p = v.feed("?after=" + p.Next)
 	}
@@ -767,6 +769,31 @@ func TestReaderThatIsCutOffGetsNothing(t *testing.T) {
 		t.Errorf("who expires while it waits gets %+v after %s, want nothing, then", got, time.Since(begun))
 	}
 	stream.ended(t, 30*time.Second)
+}
+
+// A token ends with the key that has signed it, and so does what it reads.
+func TestReadersEndWithTheKeyOfTheirToken(t *testing.T) {
+	t.Parallel()
+	p := newFeeder(t)
+	at := p.feedEnd()
+	key := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(key, []byte(p.env["JWT_PRIVATE_KEY"]), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	q := p.another("METRICS_ADDR", "127.0.0.1:0", "JWT_PRIVATE_KEY", "", "JWT_PRIVATE_KEY_FILE", key)
+	got := q.waits(p.bearer, "?wait=25&after="+at)
+	stream := q.stream(p.bearer, "Last-Event-ID", at)
+	q.eventually("both wait", q.reading(2))
+	begun := time.Now()
+	if err := os.WriteFile(key, []byte(secondKey()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	q.signal(syscall.SIGHUP)
+	stream.ended(t, 20*time.Second)
+	if a := got(); time.Since(begun) > 20*time.Second {
+		t.Errorf("who waits is answered %v after %s", a, time.Since(begun))
+	}
+	q.want(q.api(p.bearer, "GET", "/revocations?after="+at, ""), 401, "UNAUTHORIZED")
 }
 
 // Waiting outlives the times that other requests have, and a stream says that it is there.

@@ -117,7 +117,7 @@ events() {
 		middle=$(((before + next) / 2))
 		as_operator "$BASE" "/audit?limit=1&after=$middle" | ask '200 400' "$dir/page" # 400 is of before what is served
 		at=$(sed -n 's/.*"timestamp":"\([^"]*\)".*/\1/p' "$dir/page")
-		if [ -n "$at" ] && expr "$at" '>=' "$SINCE" >/dev/null; then next=$middle; else before=$middle; fi
+		if [ -n "$at" ] && expr "$at" '>=' "${SINCE%Z}" >/dev/null; then next=$middle; else before=$middle; fi
 	done
 	pages=0
 	: >"$dir/pages"
