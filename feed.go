@@ -267,8 +267,9 @@ func (s *server) wait(r *request, do func() error) error {
 }
 
 // await looks, behind the head that it has read, until it has found something, or most
-// seconds or the token are over, or other keys are here, or the reader has gone, or the copy stops. All look at the same
-// moments, from nearly the same place, and so ask once for many. No fault passes for nothing.
+// seconds or the token are over, or other keys are here, or the reader has gone, or the
+// copy stops. All look at the same moments, from nearly the same place, and so ask once
+// for many. No fault passes for nothing.
 func (s *server) await(r *request, p revocations, most int, found func(revocations) bool) (revocations, error) {
 	end, keys := time.Now().Add(min(time.Duration(most)*time.Second, time.Unix(r.caller.until, 0).Sub(s.now()))), s.keys.Load()
 	for time.Now().Before(end) && s.keys.Load() == keys && !s.draining.Load() {
@@ -289,9 +290,10 @@ func (s *server) await(r *request, p revocations, most int, found func(revocatio
 	return revocations{Entries: []revocation{}, Next: p.Next}, nil
 }
 
-// stream writes what comes as server-sent events (html.spec.whatwg.org, section 9.2), and what
-// is none after feedBeat, until feedLife or the token is over, or its owner cut off, or other keys are
-// here, or the reader has gone or doesn't take what is written in time, or something fails.
+// stream writes what comes as server-sent events (html.spec.whatwg.org, section 9.2), and
+// after feedBeat that nothing did, until feedLife or the token is over, or its owner cut off,
+// or other keys are here, or the reader has gone or doesn't take what is written in time, or
+// something fails.
 func (s *server) stream(r *request, p revocations) (err error) {
 	conn, end, keys := http.NewResponseController(r.writer), time.Now().Add(feedLife), s.keys.Load()
 	for time.Now().Before(end) && s.now().Unix() < r.caller.until && s.keys.Load() == keys {
