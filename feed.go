@@ -79,7 +79,7 @@ func (p place) String() string               { return strings.TrimSuffix(fmt.Spr
 
 var placePattern = regexp.MustCompile(`^(0|[1-9][0-9]{0,17}(-[0-9a-f]{16})?)$`)
 
-func parsePlace(text string) (p place, err error) {
+var readPlace = parsed("must be 0, a seq, or the next of an answer", func(text string) (p place, err error) {
 	if !placePattern.MatchString(text) {
 		return p, strconv.ErrSyntax
 	}
@@ -87,7 +87,7 @@ func parsePlace(text string) (p place, err error) {
 	p.hash = hash
 	p.seq, err = strconv.ParseInt(seq, 10, 64)
 	return p, err
-}
+})
 
 // Revocations are what is behind a place, up to the head of the log or as far as a page goes.
 type revocations struct {
@@ -161,7 +161,7 @@ func (s *server) listRevocations(r *request) (any, error) {
 	if id := r.Header.Get("Last-Event-ID"); streams && id != "" { // of who comes again by the same URL
 		in.values["after"] = id
 	}
-	after, wait := take(in, "after", parsed("must be 0, a seq, or the next of an answer", parsePlace)), take(in, "wait", whole(1, feedWait))
+	after, wait := take(in, "after", readPlace), take(in, "wait", whole(1, feedWait))
 	p, at, err := revocations{}, place{}, in.problem()
 	if after != nil {
 		at = *after
@@ -187,7 +187,7 @@ func (s *server) readEvents(r *request) (any, error) {
 		return s.listEvents(r)
 	}
 	in, size := readQuery(r), 100
-	after, wait := take(in, "after", parsed("must be 0, a seq, or the next of an answer", parsePlace)), take(in, "wait", whole(1, feedWait))
+	after, wait := take(in, "after", readPlace), take(in, "wait", whole(1, feedWait))
 	if limit := take(in, "limit", whole(1, feedPage)); limit != nil {
 		size = *limit
 	}

@@ -289,11 +289,7 @@ func (w *witness) checks(export string, checkpoint ...string) (out string, err e
 	if strings.Contains(out, "only a part") || !ours && !strings.Contains(err.Error(), "the first bad seq") {
 		return out, err
 	}
-	python, missing := exec.LookPath("python3")
-	if missing != nil {
-		python = installed(w.t, "python3", "python3")
-	}
-	independent := exec.Command(python, append([]string{"docs/check_export.py", file, w.jwks}, checkpoint...)...)
+	independent := exec.Command(installed(w.t, "python3", "python3"), append([]string{"docs/check_export.py", file, w.jwks}, checkpoint...)...)
 	independent.Dir = ".."
 	says, refusal := independent.CombinedOutput()
 	code := independent.ProcessState.ExitCode()
