@@ -314,5 +314,8 @@ func (s *server) verifyEvents(r *request) (any, error) {
 	if err == nil && report.Verified && report.Events == 0 && from > 1 {
 		err = errValidation.with(map[string]any{"fromSeq": "is beyond the head of the chain"})
 	}
+	if err == nil {
+		err = s.signCheckpoint(&report, nil)
+	}
 	return report, err
 }

@@ -311,8 +311,8 @@ type chainReport struct {
 // limit events, and stops at the first that isn't what its predecessor, its
 // content or cp (nil: none) demand. Events may be missing at the beginning,
 // where partitions were dropped, but none of those that are served. Each event
-// that is as it should be is given to emit (nil: none), and a checkpoint is made
-// of the last. An error is that of emit, or says that the chain can't be read.
+// that is as it should be is given to emit (nil: none). An error is that of emit,
+// or says that the chain can't be read.
 func (s *server) verifyChain(ctx context.Context, from, limit int64, cp *checkpoint, emit func(*event) error) (chainReport, error) {
 	report := chainReport{HeadHash: make(digest, sha256.Size)}
 	var oldest, newest int64
@@ -320,15 +320,15 @@ func (s *server) verifyChain(ctx context.Context, from, limit int64, cp *checkpo
 	if err != nil {
 		return report, fmt.Errorf("loading the ends of the chain: %w", err)
 	}
+	if from == 0 {
+		from = newest - limit + 1
+	}
+	report.FromSeq = max(from, oldest, 1)
+	report.HeadSeq = report.FromSeq - 1
 	if oldest < 1 { // before the first there is none
 		report.FirstBadSeq = 1
 		return report, nil
 	}
-	if from == 0 {
-		from = newest - limit + 1
-	}
-	report.FromSeq = max(from, oldest)
-	report.HeadSeq = report.FromSeq - 1
 	served := s.oldestServed()
 	rows, _ := s.db.Query(ctx, `
 		select `+eventColumns+`
@@ -362,14 +362,15 @@ func (s *server) verifyChain(ctx context.Context, from, limit int64, cp *checkpo
 		}
 	}
 	report.Verified = report.FirstBadSeq == 0
-	if !report.Verified || report.Events == 0 {
-		return report, nil
-	}
-	err = s.signCheckpoint(&report, nil)
-	return report, err
+	return report, nil
 }
 
+// signCheckpoint makes a checkpoint of the last event, if there is one and all are as they
+// should be, and says of which part (nil: none) they are.
 func (s *server) signCheckpoint(report *chainReport, of *part) error {
+	if !report.Verified || report.Events == 0 {
+		return nil
+	}
 	signed, err := s.keys.Load().sign(auditCheckpoint, checkpoint{
 		Issuer: s.cfg.issuer, Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash), Time: s.now().Unix(), Part: of,
 	})
