@@ -23,8 +23,8 @@ type inquiry struct {
 	export, follow bool
 	file, jwks     string // what was exported, and the keys; "" is by the database
 	checkpoint     string // to be extended; "" is none
-	from           int64
-	part           *part // nil is all
+	from           int64  // a seq; 0 is where the log begins
+	part           *part  // nil is all
 }
 
 // readInquiry reads the arguments of a command: flags, and one operand.
@@ -53,13 +53,13 @@ func readInquiry(args []string) (q inquiry, err error) {
 		flags.StringVar(&q.jwks, "jwks", "", "")
 	}
 	err = flags.Parse(args[1:])
-	from, noSeq := parseWhole(1, 1<<53)(append(flags.Args(), "1")[0])
+	from, noSeq := parseWhole(1, 1<<53)(flags.Arg(0))
 	q.checkpoint, q.from = flags.Arg(0), int64(from)
 	switch {
 	case err != nil:
 	case flags.NArg() > 1:
 		err = fmt.Errorf("%q are too many operands; flags stand before one", flags.Args())
-	case q.export && noSeq != nil:
+	case q.export && flags.NArg() == 1 && noSeq != nil:
 		err = errors.New("FROM_SEQ must be a whole number, from 1")
 	case !q.export && flags.NArg() == 1 && q.checkpoint == "":
 		err = errors.New("CHECKPOINT is empty")
@@ -82,11 +82,18 @@ func (s *server) inquire(ctx context.Context, q inquiry, stdout io.Writer, progr
 	}
 	return q.verifyAudit(s.keys.Load(), stdout, func(cp *checkpoint) (chainReport, string, error) {
 		report, err := s.verifyChain(ctx, 1, 1<<60, cp, progress)
+		if err == nil {
+			err = s.signCheckpoint(&report, nil)
+		}
 		return report, s.cfg.issuer, err
 	})
 }
 
-const altered = "the audit log was altered: the first bad seq is %d"
+const (
+	altered   = "the audit log was altered: the first bad seq is %d"
+	beyondEnd = "seq %d is beyond the end of the log"
+	beginsAt  = "the log begins at seq %d: what was before is dropped"
+)
 
 // verifyAudit has a chain read whole, and says whether it is as it was written, of which
 // issuer, and whether it extends a checkpoint kept elsewhere.
@@ -213,24 +220,29 @@ func readExport(in io.Reader, keys *keyset, cp *checkpoint) (report chainReport,
 	return report, last.Issuer, nil
 }
 
-// exportAudit prints the events from a seq on, or a part of them (nil: all), one a line as they
-// are served, and a checkpoint of the last of all behind them. All are checked; what is bad, and
-// what follows it, is not printed.
+// exportAudit prints the events from a seq on (0: from the first), or a part of them (nil: all),
+// one a line as they are served, and a checkpoint of the last of all behind them. All are checked;
+// what is bad, and what follows it, is not printed.
 func (s *server) exportAudit(ctx context.Context, from int64, of *part, stdout io.Writer) error {
 	out, x := bufio.NewWriter(stdout), selection{sum: sha256.New()}
 	report, err := s.verifyChain(ctx, from, 1<<60, nil, func(e *event) error {
+		if from > 0 && x.events == 0 && e.Seq > from {
+			return fmt.Errorf(beginsAt, e.Seq)
+		}
 		if of == nil || of.has(e) {
 			x.add(e)
 			return printEvent(out, e)
 		}
 		return nil
 	})
+	if of != nil {
+		of.Events, of.Digest = x.events, x.sum.Sum(nil)
+	}
 	if err == nil && !report.Verified {
 		err = fmt.Errorf(altered, report.FirstBadSeq)
 	} else if err == nil && report.Events == 0 && from > 1 {
-		err = fmt.Errorf("seq %d is beyond the end of the log", from)
-	} else if err == nil && report.Events > 0 && of != nil {
-		of.Events, of.Digest = x.events, x.sum.Sum(nil)
+		err = fmt.Errorf(beyondEnd, from)
+	} else if err == nil {
 		err = s.signCheckpoint(&report, of)
 	}
 	if err == nil {
@@ -264,30 +276,29 @@ func printEvent(out io.Writer, e *event) error {
 	return err
 }
 
-// followAudit prints the events from a seq on, and what comes behind them, until
-// ctx ends. It reads on from the last event that it has, to which the log is held,
-// so that one which was rewritten or restored meanwhile is an error.
+// followAudit prints the events from a seq on (0: from the first), and what comes behind
+// them, until ctx ends. It reads on from the last event that it has, to which the log is
+// held, so that one which was rewritten or restored meanwhile is an error. PostgreSQL
+// doesn't wait for who reads what is printed.
 func (s *server) followAudit(ctx context.Context, from int64, stdout io.Writer) error {
-	out, last, down := bufio.NewWriter(stdout), checkpoint{}, false
+	last, down := checkpoint{}, false // of seq 0 at first, which demands nothing
 	for {
-		var failed error // in printing; what else fails is PostgreSQL's
-		held := last     // of seq 0, which demands nothing, at first
-		reading, cancel := context.WithCancel(ctx)
-		hangs := time.AfterFunc(requestTimeout, cancel)
-		report, err := s.verifyChain(reading, from, 1<<60, &held, func(e *event) error {
-			hangs.Stop() // who reads what is printed may take its time
-			defer hangs.Reset(requestTimeout)
-			if held.Seq > 0 && e.Seq > last.Seq+1 { // the log begins behind it
-				failed = fmt.Errorf(altered, last.Seq)
+		var out bytes.Buffer
+		var failed error // what else fails is PostgreSQL's
+		held := last
+		reading, cancel := context.WithTimeout(ctx, requestTimeout)
+		report, err := s.verifyChain(reading, max(from, 1), feedPage, &held, func(e *event) error {
+			if from > 0 && e.Seq > max(from, last.Seq+1) {
+				failed = fmt.Errorf(beginsAt, e.Seq)
 			} else if e.Seq > held.Seq {
-				failed = printEvent(out, e)
+				failed = printEvent(&out, e)
 			}
 			last = checkpoint{Seq: e.Seq, Hash: hex.EncodeToString(e.Hash)}
 			return failed
 		})
 		cancel()
-		failed = errors.Join(failed, out.Flush())
-		switch {
+		_, gone := out.WriteTo(stdout)
+		switch failed = cmp.Or(failed, gone); {
 		case failed != nil:
 			return failed
 		case err != nil && !down && ctx.Err() == nil:
@@ -297,10 +308,13 @@ func (s *server) followAudit(ctx context.Context, from int64, stdout io.Writer) 
 		case err == nil && report.Events == 0 && report.linked: // from is what comes next
 			last = checkpoint{Seq: report.HeadSeq, Hash: hex.EncodeToString(report.HeadHash)}
 		case err == nil && report.Events == 0 && from > 1:
-			return fmt.Errorf("seq %d is beyond the end of the log", from)
+			return fmt.Errorf(beyondEnd, from)
 		}
 		if down = err != nil; last.Seq > 0 {
 			from = last.Seq
+		}
+		if err == nil && report.Events == feedPage {
+			continue
 		}
 		select {
 		case <-time.After(feedEvery):

@@ -935,7 +935,7 @@ func TestDroppedPartitionsVerifyUntilYoungerOnesAreMissing(t *testing.T) {
 			history = append(history, forgeEvent(history, day(n), "token.issued"))
 		}
 	}
-	v := newService(t, "DATABASE_URL", newHistory(t, partitions.String(), history))
+	v := newServiceProgram(t, "DATABASE_URL", newHistory(t, partitions.String(), history))
 	v.newAgent("resumes:read")
 	cp := v.checkpoint()
 	verified := func(from int) {
@@ -947,6 +947,21 @@ func TestDroppedPartitionsVerifyUntilYoungerOnesAreMissing(t *testing.T) {
 		for _, args := range [][]string{nil, {cp}} {
 			if out, err := v.verifyAudit(args...); err != nil || !strings.Contains(out, fmt.Sprintf("from seq %d to", from)) {
 				t.Errorf("verify-audit %q = %q, %v, want it verified from %d", args, out, err, from)
+			}
+		}
+		// An export begins where it was asked to, or not at all.
+		follow := v.follow(t)
+		for _, args := range [][]string{nil, {fmt.Sprint(from)}} {
+			if lines, err := v.export(args...); err != nil || !strings.Contains(lines[0], fmt.Sprintf(`"seq":%d,`, from)) {
+				t.Errorf("audit-export %q = %.100q, %v, want it from %d", args, lines, err, from)
+			}
+		}
+		follow.wantUpTo(v.service, from)
+		for before := range from {
+			if lines, err := v.export(fmt.Sprint(before)); before > 0 && (lines[0] != "" || err == nil || !strings.HasSuffix(err.Error(), fmt.Sprintf("the log begins at seq %d: what was before is dropped", from))) {
+				t.Errorf("audit-export %d = %.100q, %v, want an error, since the log begins at %d", before, lines, err, from)
+			} else if before > 0 {
+				v.follow(t, fmt.Sprint(before)).wantEnd(err.Error())
 			}
 		}
 	}
