@@ -255,11 +255,7 @@ func (s *server) wait(r *request, do func() error) error {
 			defer s.inFlight.Add(1)
 			defer func(begun time.Time) { r.waited = time.Since(begun) }(time.Now())
 			_ = http.NewResponseController(r.writer).SetWriteDeadline(time.Now().Add(feedWait*time.Second + feedBeat))
-			err := do()
-			if err == nil && !r.begun { // it may be of what cut off its reader
-				err = s.checkAlive(r.Context(), &r.caller)
-			}
-			return err
+			return do()
 		default:
 		}
 	}

@@ -45,7 +45,7 @@ type request struct {
 	renew     func()              // the time that it has, after a wait
 	writer    http.ResponseWriter // for an answer that is written as it comes
 	begun     bool                // that this is
-	waited    time.Duration
+	waited    time.Duration       // by its own wish
 }
 
 // A route is what can be called, by whom, and how. Who identifies the caller,
@@ -250,7 +250,7 @@ func (s *server) handle(w http.ResponseWriter, r *request) (body any, err error)
 	if err = rt.who(r); err == nil {
 		begun := time.Now()
 		body, err = rt.handle(r)
-		if err == nil && !r.begun && rt.records == "" && time.Since(begun) > readTime { // who waited may have been cut off meanwhile
+		if err == nil && !r.begun && rt.records == "" && (r.waited > 0 || time.Since(begun) > readTime) { // who waited may have been cut off meanwhile
 			err = s.checkAlive(r.Context(), &r.caller)
 		}
 	}
