@@ -3,9 +3,9 @@
 //	v, err := verify.New("https://idp.example.com", "https://resumes.example.com")
 //	http.Handle("GET /resumes", v.Middleware("resumes:read")(resumes))
 //
-// It can't see revocations. A token that was revoked, or whose credential or agent was cut off, is accepted until it
-// expires: have the operator set a short TOKEN_TTL, or ask POST /api/v1/token/introspect about each token. To read what
-// was cut off takes a library that gives all claims (docs/developers/revocations.md).
+// By itself it can't see revocations. A token that was revoked, or whose credential or agent was cut off, is accepted until it
+// expires: have the operator set a short TOKEN_TTL, ask POST /api/v1/token/introspect about each token, or read what
+// was cut off and look for that in Claims.All (docs/developers/revocations.md).
 package verify
 
 import (
@@ -78,7 +78,8 @@ type Claims struct {
 	ID       string // of the token, as in the audit log
 	Scopes   []string
 	Expires  time.Time
-	Key      string // thumbprint of the one whose holder alone may show it (RFC 9449, section 6.1), "" if anyone may
+	Key      string         // thumbprint of the one whose holder alone may show it (RFC 9449, section 6.1), "" if anyone may
+	All      map[string]any // as it is in the token, with act and chain
 }
 
 // Has tells whether the token has a scope. As AgentIdP has it, scores:* covers scores:write.
@@ -178,7 +179,7 @@ func (v *Verifier) Verify(ctx context.Context, token string) (Claims, error) {
 		return Claims{}, Refusal("The token has expired, or its time has not come.")
 	}
 	scopes, end := strings.Fields(c.text("scope")), time.Unix(int64(min(expires, 1<<53)), 0)
-	return Claims{Subject: c.text("sub"), ClientID: c.text("client_id"), ID: c.text("jti"), Scopes: scopes, Expires: end, Key: bound}, nil
+	return Claims{Subject: c.text("sub"), ClientID: c.text("client_id"), ID: c.text("jti"), Scopes: scopes, Expires: end, Key: bound, All: c}, nil
 }
 
 // An object is one of JSON. It has names as they are, where a struct would take EXP for exp.

@@ -183,7 +183,7 @@ func (f *cutting) run(ctx context.Context, language string, names ...string) err
 		return err
 	}
 	f.services = append(f.services, s)
-	return s.process.ready(ctx, s.url, 503) // until it has read all
+	return s.process.ready(ctx, s.url, map[string]int{"go": 401, "node": 503}[language]) // which is first asked for a token, or for what it knows
 }
 
 func (f *cutting) stop() {
