@@ -476,8 +476,12 @@ func TestOperationsPageCanBePasted(t *testing.T) {
 					t.Fatalf("%d blocks of operations.md are for %s, want one", all-len(page), other)
 				}
 			}
+			page = insert(t, page, nights...)
+			if from == "a moment" { // what is behind the restore is tried with the other one
+				page = page[:slices.IndexFunc(page, func(b block) bool { return strings.Contains(b.text, "RETENTION_DAYS=30") })]
+			}
 			g := newRig(t)
-			g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay(t), insert(t, page, nights...)), func(b block) {
+			g.rehearse(slices.Concat(runBlocks(t, "README.md"), anotherDay(t), page), func(b block) {
 				if strings.Contains(b.text, "idp bootstrap") {
 					g.age(30)
 				}

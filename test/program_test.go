@@ -464,7 +464,7 @@ func (p *program) start() {
 		p.env["ISSUER"] = "http://127.0.0.1:" + p.env["PORT"]
 	}
 	cmd := p.build()
-	if p.watched && raceDetector {
+	if p.watched && os.Getenv("RACE") != "" { // set by make test
 		path, err := watchedProgram()
 		if err != nil {
 			p.t.Fatal(err)
