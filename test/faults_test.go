@@ -279,19 +279,28 @@ func (o *ordeal) storm(when string, rows ...[]string) (stop func() map[string]in
 	})
 }
 
+// steadily waits until something has been so for a while, since what was begun before may still end otherwise.
+func (o *ordeal) steadily(what string, is func() bool) {
+	o.t.Helper()
+	since := time.Now()
+	o.eventually(what, func() bool {
+		if !is() {
+			since = time.Now()
+		}
+		return time.Since(since) > 300*time.Millisecond
+	})
+}
+
 // well wants everything to be well again, within seconds and by itself.
 func (o *ordeal) well(when string) {
 	o.t.Helper()
 	for i, p := range o.copies {
 		begun := time.Now()
-		unwell := begun
-		o.eventually(fmt.Sprintf("copy %d is well after %s", i+1, when), func() bool {
-			for _, c := range o.calls {
-				if want := allWell[slices.Index(columns, c.column)]; (c.column == "bearer" || c.column == "health") && asWritten(c.send(p)) != want {
-					unwell = time.Now()
-				}
-			}
-			return time.Since(unwell) > 300*time.Millisecond // what was begun before may still end badly
+		o.steadily(fmt.Sprintf("copy %d is well after %s", i+1, when), func() bool {
+			return !slices.ContainsFunc(o.calls, func(c call) bool {
+				want := allWell[slices.Index(columns, c.column)]
+				return (c.column == "bearer" || c.column == "health") && asWritten(c.send(p)) != want
+			})
 		})
 		if took := time.Since(begun); took > longest {
 			o.t.Errorf("copy %d was well only %s after %s", i+1, took, when)
@@ -442,7 +451,7 @@ func (o *ordeal) suffer(t *testing.T, faults []fault) {
 			}
 			if f.end != nil {
 				for _, p := range o.copies {
-					o.eventually("health says "+at("health"), func() bool { return asWritten(p.do("GET", "/health", "")) == at("health") })
+					o.steadily("health says "+at("health"), func() bool { return asWritten(p.do("GET", "/health", "")) == at("health") })
 				}
 				var but []string
 				if f.around != nil { // health may change its mind
