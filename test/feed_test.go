@@ -108,6 +108,7 @@ func (v *service) waits(bearer, query string) (got func() answer) {
 type feedStream struct {
 	pages chan feedPage // closed at the end
 	close func()
+	rest  string // a line that is not of an event; read behind the end alone
 }
 
 // stream opens a stream; header are pairs.
@@ -142,7 +143,7 @@ func openStream(ctx context.Context, base, bearer string, header ...string) (*fe
 		cancel()
 		return nil, err
 	}
-	f := &feedStream{make(chan feedPage, 1000), cancel}
+	f := &feedStream{pages: make(chan feedPage, 1000), close: cancel}
 	go func() {
 		defer response.Body.Close()
 		defer close(f.pages)
@@ -162,6 +163,8 @@ func openStream(ctx context.Context, base, bearer string, header ...string) (*fe
 					panic("the stream has " + id + " " + data)
 				}
 				f.pages <- p
+			default:
+				f.rest = lines.Text()
 			}
 		}
 	}()
@@ -194,6 +197,9 @@ func (f *feedStream) ended(t testing.TB, within time.Duration) (last string) {
 		select {
 		case p, open := <-f.pages:
 			if !open {
+				if f.rest != "" {
+					t.Errorf("the stream has %q", f.rest)
+				}
 				return last
 			}
 			last = p.Next
@@ -608,6 +614,20 @@ func TestManyReadersWaitForNothingOfOthers(t *testing.T) {
 		stream.close()
 	}
 	p.eventually("who has gone is gone", p.reading(0))
+
+	// Also before it would be written to.
+	conn, err := net.Dial("tcp", strings.TrimPrefix(p.url, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fprintf(conn, "GET /api/v1/revocations?wait=30&after=%s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n", p.feedEnd(), p.bearer)
+	p.eventually("it waits", p.reading(1))
+	conn.Close()
+	begun = time.Now()
+	p.eventually("it is gone", p.reading(0))
+	if took := time.Since(begun); took > 15*time.Second {
+		t.Errorf("who has gone waits for %v, want no longer", took)
+	}
 }
 
 // What one client has waiting is bounded, and others wait beside it.
@@ -716,24 +736,29 @@ func TestReadersAreNotCalmedWithoutPostgreSQL(t *testing.T) {
 	env := map[string]string{"DATABASE_URL": v.env["DATABASE_URL"]}
 	proxy := proxyDatabase(t, env)
 	w := v.another("DATABASE_URL", env["DATABASE_URL"])
-	for _, mode := range []proxyMode{refusing, swallowing} {
+	for mode, fault := range map[string][2]func(){
+		"it refuses": {func() { proxy.set(refusing) }, func() { proxy.set(passing) }},
+		"it hangs":   {func() { proxy.set(swallowing) }, func() { proxy.set(passing) }},
+		"the log can't be read": {func() { v.exec(`alter table audit_events rename to elsewhere`) },
+			func() { v.exec(`alter table elsewhere rename to audit_events`) }},
+	} {
 		at := v.feedEnd()
 		got := w.waits(w.bearer, "?wait=25&after="+at)
 		stream := w.stream(w.bearer, "Last-Event-ID", at)
 		time.Sleep(time.Second)
 		begun := time.Now()
-		proxy.set(mode)
+		fault[0]()
 		if a := got(); a.status != 503 {
-			t.Errorf("%v: who waits is answered %v, want 503", mode, a)
+			t.Errorf("%s: who waits is answered %v, want 503", mode, a)
 		}
 		stream.ended(t, 20*time.Second)
 		if took := time.Since(begun); took > 15*time.Second {
-			t.Errorf("%v: they are told after %v", mode, took)
+			t.Errorf("%s: they are told after %v", mode, took)
 		}
 		if a := w.api(w.bearer, "GET", "/revocations?after="+at, ""); a.status != 503 {
-			t.Errorf("%v: who comes then is answered %v, want 503", mode, a)
+			t.Errorf("%s: who comes then is answered %v, want 503", mode, a)
 		}
-		proxy.set(passing)
+		fault[1]()
 		v.eventually("it has healed", func() bool { return w.api(w.bearer, "GET", "/revocations?after="+at, "").status == 200 })
 	}
 }
