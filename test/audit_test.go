@@ -1171,6 +1171,9 @@ func TestTamperingIsNamed(t *testing.T) {
 			case row.bad != 0 && row.seen && (a.body["verified"] != false || a.body["firstBadSeq"] != float64(row.bad) || a.body["checkpoint"] != nil):
 				t.Errorf("GET /audit/verify = %v, want %d bad and no checkpoint", a, row.bad)
 			}
+			if from, _ := a.body["fromSeq"].(float64); from < 1 {
+				t.Errorf("GET /audit/verify = %v, want it from 1 or later", a)
+			}
 		})
 	}
 	replace(chain)

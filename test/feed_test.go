@@ -783,8 +783,21 @@ func TestReaderThatIsCutOffGetsNothing(t *testing.T) {
 			t.Errorf("%s: its stream goes on from %s to %s", c.name, at, last)
 		}
 	}
-	// And who has expired.
+	// Also within less than a tenth of a second: it is looked every 300 ms by the clock.
 	id, secret := p.newClient(tokensRead)
+	bearerOf := p.token(id, secret, "")
+	for range 10 {
+		at := p.feedEnd()
+		time.Sleep(520*time.Millisecond - time.Duration(time.Now().UnixNano())%(300*time.Millisecond))
+		got := p.waits(bearerOf, "?wait=25&after="+at)
+		time.Sleep(20 * time.Millisecond)
+		p.want(p.api(p.bearer, "PATCH", "/agents/"+id, `{"status":"suspended"}`), 200, "")
+		if b := got(); b.status != 401 {
+			t.Errorf("who is cut off just before it is looked is answered %v, want 401", b)
+		}
+		p.want(p.api(p.bearer, "PATCH", "/agents/"+id, `{"status":"active"}`), 200, "")
+	}
+	// And who has expired.
 	p.want(p.api(p.bearer, "PATCH", "/agents/"+id, `{"tokenTtl":4}`), 200, "")
 	at := p.feedEnd()
 	bearer := p.token(id, secret, "")
