@@ -26,7 +26,7 @@ const (
 	feedRoom   = 200                    // readers that may wait on a copy; more are refused
 	feedRoomOf = 50                     // of one client
 	feedWait   = 30                     // seconds that a reader may ask to wait
-	feedEvery  = 300 * time.Millisecond // how often it is looked for them whether there is something
+	feedEvery  = 300 * time.Millisecond // how often it is looked whether there is something for them
 	feedLife   = 5 * time.Minute        // of a stream, since who has vanished is not seen
 	feedBeat   = 10 * time.Second       // after which a stream says that it is there; and the time to take what is written
 )
@@ -286,6 +286,19 @@ func (s *server) await(r *request, p revocations, most int, found func(revocatio
 	return revocations{Entries: []revocation{}, Next: p.Next}, nil
 }
 
+// readFurther reads the next page for a stream that has much to read. They take turns, and
+// whose turn doesn't come within feedBeat ends, as without a store: it comes again.
+func (s *server) readFurther(r *request, p revocations) (revocations, error) {
+	turn, cancel := context.WithTimeout(r.connected, feedBeat)
+	defer cancel()
+	if err := s.behind.enter(turn); err != nil {
+		return p, errBusy
+	}
+	defer s.behind.leave()
+	r.renew()
+	return s.readOn(r.Context(), p.Next)
+}
+
 // stream writes what comes as server-sent events (html.spec.whatwg.org, section 9.2), and
 // after feedBeat that nothing did, until feedLife or the token is over, or its owner cut off,
 // or other keys are here, or the reader has gone or doesn't take what is written in time, or
@@ -306,12 +319,10 @@ func (s *server) stream(r *request, p revocations) (err error) {
 			return nil
 		}
 		r.renew()
-		if !p.More {
+		if p.More {
+			p, err = s.readFurther(r, p)
+		} else {
 			p, err = s.await(r, p, int(feedBeat/time.Second), revocations.any)
-		} else if s.behind.enter(r.connected) == nil { // one at a time, however many have much to read
-			r.renew()
-			p, err = s.readOn(r.Context(), p.Next)
-			s.behind.leave()
 		}
 		if err != nil {
 			return err
