@@ -176,6 +176,9 @@ func readExport(in io.Reader, keys *keyset, cp *checkpoint) (report chainReport,
 		if errors.Is(err, io.EOF) {
 			return report, "", fmt.Errorf("line %d is missing or cut off: an export ends with a checkpoint", n)
 		}
+		if err != nil && !errors.Is(err, bufio.ErrBufferFull) { // no event has so long a line
+			return report, "", fmt.Errorf("reading the export: %w", err)
+		}
 		var e event
 		_ = json.Unmarshal(line, &e) // what can't be read is not what is printed, either
 		if printed, _ := encodeEvents(e, e); e.Seq < 1 || !bytes.Equal(line, printed) {

@@ -96,7 +96,7 @@ func TestFollowedExportGoesOn(t *testing.T) {
 	head := len(all.lines())
 	next, last := p.follow(t, fmt.Sprint(head+1)), p.follow(t, fmt.Sprint(head))
 	last.wantUpTo(p.service, head)
-	for range 300 { // more than one buffer
+	for range 300 { // while they follow
 		p.active(p.bearer)
 	}
 	for from, f := range map[int]*tail{1: all, head: last, head + 1: next} {
@@ -586,7 +586,7 @@ func TestExportIsCheckedByWhoeverHasIt(t *testing.T) {
 	export := w.file("whole", whole)
 	for name, row := range map[string][3]string{
 		"no file":           {w.folder + "/none", w.jwks, "none"},
-		"a folder":          {w.folder, w.jwks, "line 1 "},
+		"a folder":          {w.folder, w.jwks, "reading the export: read " + w.folder + ": is a directory"},
 		"no keys":           {export, w.folder + "/none", "reading the keys of -jwks: "},
 		"keys in no JSON":   {export, export + "", "reading the keys of -jwks: "},
 		"an empty list":     {export, w.file("empty", `{"keys":[]}`), "reading the keys of -jwks: "},
