@@ -754,6 +754,7 @@ func TestNothingHappensUnrecorded(t *testing.T) {
 		{"introspect", func() answer { return v.form(v.id, v.secret, "/introspect", "token="+token) }, "temporarily_unavailable"},
 		{"introspect garbage", func() answer { return v.form(v.id, v.secret, "/introspect", "token=x") }, "temporarily_unavailable"},
 		{"revoke a token", func() answer { return v.form(id, secret, "/revoke", "token="+token) }, "temporarily_unavailable"},
+		{"begin to read what was cut off", func() answer { return v.api(v.bearer, "GET", "/revocations", "") }, "SERVICE_UNAVAILABLE"},
 		{"be refused a scope", func() answer { return v.api(token, "DELETE", "/agents/"+id, "") }, "SERVICE_UNAVAILABLE"},
 		{"be refused an email", func() answer { return v.api(v.bearer, "POST", "/agents", agentJSON("first@example.com", "a:b")) }, "SERVICE_UNAVAILABLE"},
 		{"fail to authenticate", func() answer { return v.form(id, newSecret(), "", grant) }, "temporarily_unavailable"},

@@ -282,12 +282,14 @@ func (o *ordeal) storm(when string, rows ...[]string) (stop func() map[string]in
 // steadily waits until something has been so for a while, since what was begun before may still end otherwise.
 func (o *ordeal) steadily(what string, is func() bool) {
 	o.t.Helper()
-	since := time.Now()
+	var since time.Time
 	o.eventually(what, func() bool {
 		if !is() {
+			since = time.Time{}
+		} else if since.IsZero() {
 			since = time.Now()
 		}
-		return time.Since(since) > 300*time.Millisecond
+		return !since.IsZero() && time.Since(since) > 300*time.Millisecond
 	})
 }
 
@@ -370,7 +372,7 @@ func freeze(p *process) {
 	p.hang()
 }
 
-// pulse makes a process slow: it stops and runs in turns until the end.
+// throb makes a process slow: it stops and runs in turns until the end.
 func throb(p *process, stopped, running time.Duration) (end func()) {
 	over, ended := make(chan struct{}), make(chan struct{})
 	go func() {
