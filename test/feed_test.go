@@ -725,6 +725,23 @@ func TestReaderThatTakesNothingIsLeft(t *testing.T) {
 	if entries != n || len(seen) != n {
 		t.Errorf("a stream has %d entries of %d agents, want %d", entries, len(seen), n)
 	}
+
+	// They take turns, and nobody waits for that of all others where PostgreSQL hangs.
+	env := map[string]string{"DATABASE_URL": p.env["DATABASE_URL"]}
+	proxy := proxyDatabase(t, env)
+	w := p.another("DATABASE_URL", env["DATABASE_URL"])
+	var streams []*feedStream
+	for range 8 {
+		streams = append(streams, w.stream(p.bearer))
+	}
+	begun = time.Now()
+	proxy.set(swallowing)
+	for _, stream := range streams {
+		stream.ended(t, time.Minute)
+	}
+	if took := time.Since(begun); took > 25*time.Second {
+		t.Errorf("streams that have much to read end %v after PostgreSQL hangs, want about 15 s at most", took)
+	}
 }
 
 // A copy that stops ends all who wait at once, with a place from which another goes on.
