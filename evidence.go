@@ -90,9 +90,10 @@ func (s *server) inquire(ctx context.Context, q inquiry, stdout io.Writer, progr
 }
 
 const (
-	altered   = "the audit log was altered: the first bad seq is %d"
-	beyondEnd = "seq %d is beyond the end of the log"
-	beginsAt  = "the log begins at seq %d: what was before is dropped"
+	altered    = "the audit log was altered: the first bad seq is %d"
+	beyondEnd  = "seq %d is beyond the end of the log"
+	beginsAt   = "the log begins at seq %d: what was before is dropped"
+	unreadable = "reading the export: %w"
 )
 
 // verifyAudit has a chain read whole, and says whether it is as it was written, of which
@@ -177,7 +178,7 @@ func readExport(in io.Reader, keys *keyset, cp *checkpoint) (report chainReport,
 			return report, "", fmt.Errorf("line %d is missing or cut off: an export ends with a checkpoint", n)
 		}
 		if err != nil && !errors.Is(err, bufio.ErrBufferFull) { // no event has so long a line
-			return report, "", fmt.Errorf("reading the export: %w", err)
+			return report, "", fmt.Errorf(unreadable, err)
 		}
 		var e event
 		_ = json.Unmarshal(line, &e) // what can't be read is not what is printed, either
@@ -186,8 +187,10 @@ func readExport(in io.Reader, keys *keyset, cp *checkpoint) (report chainReport,
 			if string(line) != `{"checkpoint":"`+end.Checkpoint+"\"}\n" || keys.open(auditCheckpoint, end.Checkpoint, &last) != nil {
 				return report, "", fmt.Errorf("line %d is neither an event as it is printed, nor a checkpoint that a key of -jwks signed", n)
 			}
-			if _, err := lines.ReadByte(); !errors.Is(err, io.EOF) {
+			if _, err := lines.ReadByte(); err == nil {
 				return report, "", fmt.Errorf("line %d is behind the checkpoint, with which an export ends", n+1)
+			} else if !errors.Is(err, io.EOF) {
+				return report, "", fmt.Errorf(unreadable, err)
 			}
 			break
 		}
@@ -201,6 +204,9 @@ func readExport(in io.Reader, keys *keyset, cp *checkpoint) (report chainReport,
 		}
 		if report.FirstBadSeq == 0 {
 			report.extend(&e, 0, time.Time{}, cp)
+		}
+		if x.bad == 0 && (e.Seq <= x.seq || !bytes.Equal(e.Hash, e.sum())) {
+			x.bad = e.Seq
 		}
 		x.add(&e) // whether it is all or a part, the last line says
 	}
@@ -261,9 +267,6 @@ type selection struct {
 }
 
 func (x *selection) add(e *event) {
-	if x.bad == 0 && (e.Seq <= x.seq || !bytes.Equal(e.Hash, e.sum())) {
-		x.bad = e.Seq
-	}
 	x.seq, x.events = e.Seq, x.events+1
 	fmt.Fprintf(x.sum, "%x\n", e.Hash)
 }

@@ -309,11 +309,12 @@ type witness struct {
 	folder string
 	jwks   string
 	python string
+	ended  map[int]int // how often the checker of the page did, by status
 }
 
 func newWitness(v *service) *witness {
 	v.t.Helper()
-	w := &witness{t: v.t.(*testing.T), folder: v.t.TempDir()}
+	w := &witness{t: v.t.(*testing.T), folder: v.t.TempDir(), ended: map[int]int{}}
 	python, err := exec.Command(installed(v.t, "python3", "python3"), "-c", "import sys; print(sys.executable)").Output()
 	if err != nil {
 		v.t.Fatal(err)
@@ -350,7 +351,7 @@ func (w *witness) checks(export string, checkpoint ...string) (out string, err e
 	} else if !ours {
 		want = 1
 	}
-	if code != want {
+	if w.ended[code]++; code != want {
 		w.t.Errorf("the checker of the page ends with %d (%v) and %q, and ours with %v", code, refusal, says, err)
 	}
 	return out, err
@@ -563,7 +564,7 @@ func TestExportIsCheckedByWhoeverHasIt(t *testing.T) {
 		{"held to a later one's", sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, checkpoint{good.Issuer, good.Seq + 1, firstPrevHash, 1}), last(all[n]), fmt.Sprintf("ends at seq %d, before the checkpoint at %d", n, n+1)},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			w := &witness{t, t.TempDir(), w.jwks, w.python}
+			w := &witness{t, t.TempDir(), w.jwks, w.python, w.ended}
 			export := ""
 			if lines := row.alter(slices.Clone(all)); lines != nil {
 				export = text(lines)
@@ -573,6 +574,10 @@ func TestExportIsCheckedByWhoeverHasIt(t *testing.T) {
 				t.Errorf("verify-audit = %q, %v, want an error of %s", out, err, row.want)
 			}
 		})
+	}
+
+	if w.ended[0] < 8 || w.ended[1] < 25 || w.ended[2] != 1 { // it can't tell of the one by another key
+		t.Errorf("the checker of the page ended with each status so often: %v", w.ended)
 	}
 
 	// Cut off at any byte it is no export.
@@ -759,7 +764,7 @@ func TestPartOfAnExportIsWhatWasSigned(t *testing.T) {
 		{"held to another issuer's", sign(t, v.env["JWT_PRIVATE_KEY"], auditCheckpoint, checkpoint{v.env["ISSUER"] + "/", 5, chain[4].Hash, 1}), func(l []string) []string { return l }, "no checkpoint of this issuer"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
-			w := &witness{t, t.TempDir(), w.jwks, w.python}
+			w := &witness{t, t.TempDir(), w.jwks, w.python, w.ended}
 			out, err := w.checks(text(row.alter(slices.Clone(part))), strings.Fields(row.checkpoint)...)
 			if row.want == "" && (err != nil || !strings.HasPrefix(out, "verified: ")) || row.want != "" && (err == nil || !strings.Contains(err.Error(), row.want) || out != "") {
 				t.Errorf("verify-audit = %q, %v, want %q", out, err, row.want)
