@@ -31,9 +31,9 @@ help: ## list these
 run: ## start everything on http://localhost:3000, and print a client and a curl line for a token
 	@exec $(call tied,TERM) ./dev/run.sh
 
-# What is in test/ starts the program built with the race detector (RACE) but where copies and stores are killed, and has only
-# clients itself, which would take more than twice as long with it. All tests, not some, leave a record of the answers for 'make openapi', and metrics of a
-# busy copy for 'make promtool'.
+# RACE has the tests in test/ start the program built with the race detector, but for the most part not where they kill it. Their
+# own part is clients, which would take more than twice as long with it. All tests, not some, leave a record of the answers for
+# 'make openapi', and metrics of a busy copy for 'make promtool'.
 test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
 	@$(services) $(for_tests) $(go_test) $(race) -shuffle=on $(TESTFLAGS) .
 	@$(services) $(for_tests) env RACE=1 ANSWERS="$(if $(TESTFLAGS),,$(ANSWERS))" METRICS="$(if $(TESTFLAGS),,$(METRICS))" \
