@@ -73,7 +73,7 @@ func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, err
 	}
 	rows, _ := db.Query(ctx, `
 		with shown as materialized (
-			select *, exists (select from token_revocations where jti = use) as used
+			select *, coalesce((select true from token_revocations where jti = use), false) as used -- exists might read all of them
 			from unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::uuid[]) with ordinality as shown (id, kid, issuer, subject, use, i))
 		select shown.i, shown.used, own.*
 		from shown

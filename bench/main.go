@@ -67,8 +67,12 @@ func init() {
 	if f, err := os.Create(os.Getenv("BENCH_PROFILE") + "/" + strconv.Itoa(os.Getpid()) + ".prof"); err == nil && len(os.Args) == 1 {
 		pprof.StartCPUProfile(f)
 		stopped := make(chan os.Signal, 1)
-		signal.Notify(stopped, syscall.SIGTERM)
-		go func() { <-stopped; pprof.StopCPUProfile() }()
+		signal.Notify(stopped, syscall.SIGUSR1)
+		go func() {
+			<-stopped
+			pprof.StopCPUProfile() // writes it, before anything ends
+			syscall.Kill(os.Getpid(), syscall.SIGTERM)
+		}()
 	}
 }
 `
