@@ -45,6 +45,7 @@ type cutting struct {
 type resumes struct {
 	client
 	url     string
+	reader  identity // its own agent
 	process *process
 }
 
@@ -178,7 +179,7 @@ func (f *cutting) run(ctx context.Context, language string, names ...string) err
 	}
 	command.Env = append(os.Environ(), "BASE="+f.issuer, "SERVICE="+resource, "CLIENT_ID="+reader.ID, "CLIENT_SECRET="+reader.Secret,
 		"SSL_CERT_FILE="+f.dir+"/crt.pem", "NODE_EXTRA_CA_CERTS="+f.dir+"/crt.pem")
-	s := &resumes{client: client{f.c.report, f.c.name + " " + language}, url: "http://localhost:" + port + "/resumes"}
+	s := &resumes{client: client{f.c.report, f.c.name + " " + language}, url: "http://localhost:" + port + "/resumes", reader: reader}
 	if s.process, err = f.start("revocations-"+language, command); err != nil {
 		return err
 	}
@@ -336,10 +337,6 @@ func (w *world) trade(ctx context.Context, who identity, token string) (string, 
 
 // breaks has parts of the way fail, one after the other.
 func (f *cutting) breaks(ctx context.Context) {
-	f.cache.cut()
-	f.quiet(ctx, "without Redis")
-	f.cache.mend()
-
 	f.proxy.mu.Lock()
 	var err error
 	for _, token := range f.proxy.tokens {
@@ -356,10 +353,12 @@ func (f *cutting) breaks(ctx context.Context) {
 	f.proxy.mu.Unlock()
 	f.c.checked("begins again", err)
 
+	f.cache.cut()
 	f.way.mu.Lock()
 	f.way.idle = time.Second
 	f.way.mu.Unlock()
-	f.quiet(ctx, "by a way that cuts off who waits for a second")
+	f.quiet(ctx, "without Redis, by a way that cuts off who waits for a second")
+	f.cache.mend()
 	f.way.mu.Lock()
 	n := f.way.cuts
 	f.way.idle = 0
@@ -377,6 +376,31 @@ func (f *cutting) breaks(ctx context.Context) {
 	f.fails(ctx, "PostgreSQL is gone", func(func()) { f.postgresql.cut() }, func() error { f.postgresql.mend(); return nil })
 	f.fails(ctx, "AgentIdP is gone", func(func()) { f.copy.Process.Kill(); <-f.copy.done }, func() error { return f.startCopy(ctx) })
 	f.fails(ctx, "answers come late and then none", f.proxy.delay, f.proxy.end)
+	var begun time.Time
+	f.fails(ctx, "its own agent is suspended", func(func()) {
+		begun, err = time.Now(), f.each(func(s *resumes) error { return f.patch(ctx, s.reader, suspend) })
+	}, func() error {
+		return errors.Join(err, f.each(func(s *resumes) error {
+			return errors.Join(f.asksSeldom(ctx, s, begun), f.patch(ctx, s.reader, reactivate))
+		}))
+	})
+}
+
+func (f *cutting) each(do func(*resumes) error) (err error) {
+	for _, s := range f.services {
+		err = errors.Join(err, do(s))
+	}
+	return err
+}
+
+// asksSeldom wants one refusal in ten seconds, as the page has it, of a service whose agent was suspended.
+func (f *cutting) asksSeldom(ctx context.Context, s *resumes, since time.Time) error {
+	var refused struct{ Total int }
+	err := call(ctx, "GET", f.base+"/api/v1/audit?action=auth.failed&agentId="+s.reader.ID, f.bearer, "", "", &refused)
+	if most := 2 + int(time.Since(since)/(10*time.Second)); err == nil && (refused.Total < 1 || refused.Total > most) {
+		err = fmt.Errorf("%s was refused a token %d times in %v, want 1 to %d", s.name, refused.Total, time.Since(since), most)
+	}
+	return err
 }
 
 // suspends wants what is cut off to be refused.
