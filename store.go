@@ -266,8 +266,9 @@ func (s *server) clockDistance() time.Duration {
 // has to see what was committed before it: else the head of the audit chain would
 // be that of before its lock, and the chain would fork. A copy that stops for good
 // in the middle of a transaction gives back its locks. Nothing of ours runs for so
-// long that compiling it gains. The old time-out holds until the first of them has
-// ended, so that is sent by itself.
+// long that compiling it gains; and a plan that was made while a table was empty must
+// not read all of it where an index leads there, once it is full. The old time-out holds
+// until the first of them has ended, so that is sent by itself.
 const settings = `
 	set synchronous_commit = on;
 	set search_path = public, pg_temp;
@@ -281,7 +282,8 @@ const settings = `
 	set timezone = 'UTC';
 	set bytea_output = 'hex';
 	set array_nulls = on;
-	set jit = off;`
+	set jit = off;
+	set enable_seqscan = off;`
 
 // openPools makes the pool for requests, and one that requests must not hold
 // up. What the latter asks is always the same, so it is planned once.

@@ -192,35 +192,6 @@ func TestKeysAreAsGoodAsSecrets(t *testing.T) {
 	}
 }
 
-// What is used up and revoked grows with every use, so that nobody's request may read all of it: not by a plan either that was
-// made while there was little, as PostgreSQL makes them in a new deployment.
-func TestNoRequestReadsAllThatWasUsedUp(t *testing.T) {
-	t.Parallel()
-	v := newService(t)
-	const many = 5000
-	id, _, h := v.newKeyClient("ES256", tokensRead)
-	p := v.newParty("a:b")
-	v.exec(`alter table token_revocations set (autovacuum_enabled = false)`) // which would have the plans made anew
-	use := func() {
-		for range 20 { // PostgreSQL keeps a plan after the fifth time
-			token := v.want(v.byAssertion("", v.assertion(h, id)), 200, "").text("access_token")
-			v.boundToken(p, h, "")
-			v.introspect(token)
-			v.want(v.byAssertion("/revoke", v.assertion(h, id), "token", token), 200, "")
-		}
-	}
-	use()
-	v.exec(`insert into token_revocations select gen_random_uuid(), now() + interval '1 hour' from generate_series(1, $1)`, many)
-	use()
-	v.eventually("the sessions say what they have read", func() bool { // at their end
-		v.exec(`select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()`)
-		return v.count(`select idx_scan from pg_stat_user_tables where relname = 'token_revocations'`) > 100
-	})
-	if read := v.count(`select seq_tup_read + idx_tup_fetch from pg_stat_user_tables where relname = 'token_revocations'`); read >= many {
-		t.Errorf("80 requests read %d rows of %d", read, many)
-	}
-}
-
 // forge signs a header and a payload as they are.
 func (h holder) forge(header, payload string) string {
 	signed := encode(header) + "." + encode(payload)

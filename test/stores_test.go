@@ -36,7 +36,7 @@ var hostileSettings = map[string]string{
 	"timezone": "Asia/Kolkata", "client_encoding": "LATIN1", "standard_conforming_strings": "off",
 	"default_transaction_isolation": "serializable", "intervalstyle": "sql_standard", "extra_float_digits": "-10",
 	"idle_in_transaction_session_timeout": "1ms", "idle_session_timeout": "300ms", "lock_timeout": "1ms", "statement_timeout": "50ms",
-	"array_nulls": "off", "jit": "on",
+	"array_nulls": "off", "jit": "on", "enable_seqscan": "on",
 }
 
 // ownSettings are what our sessions have all the same.
@@ -44,7 +44,7 @@ var ownSettings = map[string]string{
 	"synchronous_commit": "on", "search_path": "public, pg_temp", "DateStyle": "ISO, YMD", "bytea_output": "hex", "TimeZone": "UTC",
 	"default_transaction_isolation": "read committed", "transaction_isolation": "read committed", "statement_timeout": "0", "lock_timeout": "0",
 	"idle_session_timeout": "0", "idle_in_transaction_session_timeout": "5s", "client_encoding": "UTF8", "standard_conforming_strings": "on",
-	"array_nulls": "on", "jit": "off",
+	"array_nulls": "on", "jit": "off", "enable_seqscan": "off",
 }
 
 func TestOurSessionsAreOursWhateverRoleDatabaseAndURLSay(t *testing.T) {
@@ -106,6 +106,48 @@ func TestOurSessionsAreOursWhateverRoleDatabaseAndURLSay(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What was revoked and what was recorded grow with every request, so that none may read all of it: nor by a plan that was made
+// while there was little, as PostgreSQL makes them in a new deployment, and for the partition of a new month.
+func TestNoRequestReadsAllThatThereIs(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	const many = 5000
+	id, _, h := v.newKeyClient("ES256", tokensRead)
+	p := v.newParty("a:b")
+	events := ""
+	if err := v.db.QueryRow(t.Context(), `select tableoid::regclass::text from audit_events limit 1`).Scan(&events); err != nil {
+		t.Fatal(err)
+	}
+	for _, table := range []string{events, "token_revocations"} {
+		v.exec(`alter table ` + table + ` set (autovacuum_enabled = false)`) // which would have the plans made anew
+	}
+	v.exec(`vacuum analyze audit_events, token_revocations`)
+	use := func() {
+		for range 20 { // PostgreSQL keeps a plan after the fifth time
+			token := v.want(v.byAssertion("", v.assertion(h, id)), 200, "").text("access_token")
+			v.tokenFor(p, "")
+			v.boundToken(p, h, "")
+			v.introspect(token)
+			v.feed("?after=" + v.feedEnd())
+			v.audit("limit=1")
+			v.want(v.api(v.bearer, "PATCH", "/agents/"+id, `{"version":"1.2.3"}`), 200, "")
+			v.want(v.byAssertion("/revoke", v.assertion(h, id), "token", token), 200, "")
+		}
+	}
+	use()
+	v.exec(`insert into token_revocations select gen_random_uuid(), now() + interval '1 hour' from generate_series(1, $1)`, many)
+	use()
+	v.eventually("the sessions say what they have read", func() bool { // at their end
+		v.exec(`select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()`)
+		return v.count(`select idx_scan from pg_stat_user_tables where relname = 'token_revocations'`) > 100
+	})
+	for _, table := range []string{events, "token_revocations"} {
+		if read := v.count(`select seq_tup_read from pg_stat_user_tables where relname = $1`, table); read > 100 {
+			t.Errorf("of %s %d rows were read one after the other", table, read)
+		}
 	}
 }
 
