@@ -919,6 +919,19 @@ func TestPagesHaveEveryVariable(t *testing.T) {
 	wantSame(t, "environment-variables.md", "variable", table, names)
 }
 
+func TestPagesHaveEverySettingOfOurSessions(t *testing.T) {
+	names := []string{"statement_timeout"} // which is sent by itself
+	_, text, _ := strings.Cut(readFile(t, "store.go"), "const settings = `")
+	text, _, _ = strings.Cut(text, "`")
+	for _, m := range regexp.MustCompile(`(?m)^\tset (\w+) = .*;`).FindAllStringSubmatch(text+"\n", -1) {
+		names = append(names, m[1])
+	}
+	if len(names) < 10 {
+		t.Errorf("the source has only the settings %q", names)
+	}
+	wantSame(t, "environment-variables.md", "setting", pageTables(t, "environment-variables.md", "## Settings of PostgreSQL"), names)
+}
+
 // The example is read as systemd and Docker do, and by a shell.
 func TestExampleEnvironmentIsAccepted(t *testing.T) {
 	t.Parallel()
