@@ -37,7 +37,7 @@ run: ## start everything on http://localhost:3000, and print a client and a curl
 test: gcc ## run all tests with the race detector (TESTFLAGS='-run Token -v' for some)
 	@$(services) $(for_tests) $(go_test) $(race) -shuffle=on $(TESTFLAGS) .
 	@$(services) $(for_tests) env RACE=1 ANSWERS="$(if $(TESTFLAGS),,$(ANSWERS))" METRICS="$(if $(TESTFLAGS),,$(METRICS))" \
-		$(go_test) -shuffle=on -parallel $(parallel) -timeout 30m $(TESTFLAGS) ./test
+		$(go_test) -shuffle=on -parallel $(parallel) -timeout 60m $(TESTFLAGS) ./test
 	@cd verify && exec $(go_test) -race -shuffle=on $(TESTFLAGS) ./...
 
 $(ANSWERS): $(wildcard *.go) schema.sql

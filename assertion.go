@@ -20,6 +20,7 @@ const (
 
 // checkAssertion returns whose key has signed it. It is good once, on all copies.
 func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
+	o.AgentID = a.sub // for the log
 	err = a.check(s.now(), assertionLife, []string{"JWT", "client-authentication+jwt"}, []string{s.cfg.issuer}, "iss", "sub", "jti")
 	if err != nil {
 		return o, err
@@ -33,7 +34,6 @@ func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
 	if !isID(a.sub) {
 		return o, errBadAssertion
 	}
-	o.AgentID = a.sub // for the log
 	clients, err := s.signers.put(r.Context(), shown{clientID: a.sub, kid: a.kid, use: a.useID()}).wait()
 	if err != nil {
 		return o, err

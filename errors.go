@@ -38,10 +38,10 @@ var (
 	errProof      = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "invalid_dpop_proof", message: "The DPoP proof is not right."}
 	errNoRedirect = &problem{status: 400, code: "VALIDATION_ERROR", oauth: "unsupported_response_type", message: "There is no authorization endpoint here; agents use grant_type=client_credentials at POST /api/v1/token."}
 	errRetention  = &problem{status: 400, code: "RETENTION_WINDOW_EXCEEDED", message: "The audit log is not served that far back; details.oldest is the limit."}
-	errNoPlace    = &problem{status: 400, code: "LOG_PLACE_UNKNOWN", message: "The log has no such place: it was brought back from a backup. Keep what you have, and begin again."}
+	errNoPlace    = &problem{status: 400, code: "LOG_PLACE_UNKNOWN", message: "The log has no such place: nobody was given it, or the log was brought back from a backup. Keep what you have, and begin again."}
 
 	errNoToken        = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "The header Authorization: Bearer TOKEN is needed, or DPoP TOKEN for one that is bound to a key, with a token from POST /api/v1/token; not in the URL, and by no other scheme."}
-	errInvalidToken   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is revoked, or its credential or agent is."}
+	errInvalidToken   = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is revoked, or its credential is, or its agent is not active."}
 	errUnproved       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_token", message: "The token is bound to a key.", bound: true}
 	errWrongProof     = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_dpop_proof", message: "The DPoP proof is not right.", bound: true}
 	errNoClient       = &problem{status: 401, code: "UNAUTHORIZED", oauth: "invalid_client", message: "Client authentication is needed: HTTP Basic, or in the body client_id and client_secret, or a client_assertion; not in the URL, and by no other scheme."}

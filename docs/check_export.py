@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Checks an exported audit log by itself: python3 check_export.py EXPORT JWKS [CHECKPOINT]
-Exits 0 if all holds, 1 if not, 2 if a JWT is signed by ES256, which the standard library can't verify."""
+Exits 0 if all holds, 1 if not, 2 if a JWT is signed by ES256, which the standard library can't verify. It is for all of a log, no part."""
 import base64, hashlib, json, re, sys
 ORDER = "eventId seq agentId actorId action outcome ipAddress userAgent metadata timestamp prevHash hash".split()
 HASHED = "prevHash seq eventId timestamp agentId actorId action outcome ipAddress userAgent metadata".split()
@@ -39,7 +39,7 @@ try:
         served = (event[name] if name == "metadata" else str(value[name] or "").encode() for name in HASHED)
         want(hashlib.sha256(b"".join(b"%d:%s," % (len(s), s) for s in served)).hexdigest() == value["hash"], "bad hash")
         before, last, now = (value["seq"] - 1, value["prevHash"]), now, (value["seq"], value["hash"])
-        want(before == last or number == 1 and before[0], "seq or prevHash does not follow on the line before")
+        want(before == last or number == 1 and before[0], "seq or prevHash does not follow on the line before, which in a part of a log it needn't")
         first, found = first or now[0], found.union(one for one in kept if one[1] in (before, now))
     jwt = re.fullmatch(rb'\{"checkpoint":"([\w.-]+)"\}\n?', line)
     want(jwt and not file.read(1), "not an event, or the export does not end here with its checkpoint")

@@ -1284,7 +1284,7 @@ func TestRefusedAssertionsAreRecorded(t *testing.T) {
 		{"suspended", v.assertion(its, suspended), suspended, "unauthorized_client"},
 		{"no id", h.sign(h.header(), v.assertionClaims("' or 1=1 --")), "", "invalid_client"},
 		{"no JWT", "canary", "", "invalid_client"},
-		{"for another", h.sign(h.header(), v.assertionClaims(id).with(members{"aud": "https://evil.example.com"})), "", "invalid_client"},
+		{"for another", h.sign(h.header(), v.assertionClaims(id).with(members{"aud": "https://evil.example.com"})), id, "invalid_client"},
 	} {
 		before := v.count(`select max(seq) from audit_events`)
 		a := v.byAssertion("", row.text)
