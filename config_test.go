@@ -39,7 +39,7 @@ func TestVariablesAreChecked(t *testing.T) {
 		"MAX_AGENTS":            {"-1", "many", "9223372036854775808"},
 		"RETENTION_DAYS":        {"-1", "0", "many", "36501"},
 		"CORS_ORIGIN":           {"*", "null", "https://a.example/", "https://a.example https://b.example", "a.example", "https://"},
-		"TRUSTED_PROXIES":       {"10.0.0.1", "10.0.0.0/33", "proxy", "10.0.0.0/8;10.0.0.0/8"},
+		"TRUSTED_PROXIES":       {"10.0.0.1", "10.0.0.0/33", "proxy", "10.0.0.0/8;10.0.0.0/8", "::ffff:10.0.0.0/104"},
 		"METRICS_ADDR":          {"9090", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:65536", "127.0.0.1:-1", "http://127.0.0.1:9090", "::1:9090", "127.0.0.1:9090/metrics"},
 		"DRAIN_TIME":            {"-1s", "5m1s", "301", "soon"},
 		"LOG_LEVEL":             {"loud", "0x"},

@@ -119,7 +119,8 @@ func loadRevocations(ctx context.Context, db querier, after []place) (list []rev
 }
 
 // loadPage reads the event at a place, those behind it that the feed tells of and whose tokens
-// may be valid, and the head, up to a seq.
+// may be valid, and the head, up to a seq. Those that are too old are not looked at: they may be all
+// of a month. The clock may have been set back, so it begins with the least seq of a hundred.
 func loadPage(ctx context.Context, db querier, at place, upTo int64) (revocations, error) {
 	p := revocations{Entries: []revocation{}, Next: at, lost: at.seq > 0}
 	rows, _ := db.Query(ctx, `
@@ -129,10 +130,13 @@ func loadPage(ctx context.Context, db querier, at place, upTo int64) (revocation
 		union all
 		select events.*
 		from unnest($2::text[]) as wanted
+		cross join (
+			select min(seq) as first
+			from (select seq from audit_events where "timestamp" > now() - $3::interval order by "timestamp" limit 100) as young) as young
 		cross join lateral (
 			select `+eventColumns+`
 			from audit_events
-			where action = wanted and action <> 'token.issued' and seq > $1 -- as the index has it
+			where action = wanted and action <> 'token.issued' and seq > greatest($1, first - 1) -- as the index has it
 				and seq <= $4 and outcome = 'success' and "timestamp" > now() - $3::interval
 			order by seq
 			limit 1000) as events

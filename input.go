@@ -60,40 +60,65 @@ func (in *inputs) problem() error {
 	return errValidation.with(in.faults)
 }
 
-// decode reads a body: one JSON object in UTF-8 with each name once, spelled as
-// read asks for it, and nothing after it. Go's decoder alone would let repeated
-// and oddly cased names, null and invalid UTF-8 pass.
+// decode reads a body: one JSON object in UTF-8, spelled as read asks for it, and
+// nothing after it. Go's decoder alone would let repeated and oddly cased names, null
+// and invalid UTF-8 pass.
 func decode[T any](r *request, read func(*inputs) T) (q T, err error) {
 	if mediaType, _, err := mime.ParseMediaType(r.Header.Get("Content-Type")); err != nil || mediaType != "application/json" {
 		return q, errMediaType.because("The Content-Type must be application/json; it was '" + clip(r.Header.Get("Content-Type")) + "'.")
 	}
-	in, d, wrong := newInputs(), json.NewDecoder(bytes.NewReader(r.body)), ""
-	if first, _ := d.Token(); first != json.Delim('{') || !utf8.Valid(r.body) {
-		wrong = "doesn't begin with {, or isn't UTF-8"
-	}
-	if len(r.body) == 0 {
+	in, d := newInputs(), json.NewDecoder(bytes.NewReader(r.body))
+	value, wrong := readJSON(d)
+	object, ok := value.(map[string]any)
+	_, end := d.Token()
+	switch {
+	case len(r.body) == 0:
 		wrong = "is empty"
-	}
-	for wrong == "" && d.More() {
-		var value any
-		token, err := d.Token()
-		name, _ := token.(string)
-		if _, again := in.values[name]; again {
-			wrong = "has " + clip(name) + " twice"
-		} else if err != nil || d.Decode(&value) != nil {
-			wrong = fmt.Sprintf("isn't JSON after byte %d", d.InputOffset())
-		}
-		in.values[name] = value
-	}
-	_, openErr := d.Token() // the closing brace
-	if _, end := d.Token(); wrong == "" && (openErr != nil || end != io.EOF) {
+	case !ok || !utf8.Valid(r.body):
+		wrong = "doesn't begin with {, or isn't UTF-8"
+	case wrong == "" && end != io.EOF:
 		wrong = "doesn't end with its closing }"
 	}
 	if wrong != "" {
 		return q, errValidation.because("The body must be one JSON object, and this one " + wrong + ".")
 	}
+	in.values = object
 	q = read(in)
 	return q, in.problem()
+}
+
+// readJSON reads a value, in whose objects each name is there once, or says what is wrong
+// with it.
+func readJSON(d *json.Decoder) (value any, wrong string) {
+	value, err := d.Token()
+	if err != nil {
+		return nil, fmt.Sprintf("isn't JSON after byte %d", d.InputOffset())
+	}
+	begin, nested := value.(json.Delim)
+	if !nested {
+		return value, ""
+	}
+	object, list := map[string]any{}, []any{}
+	for wrong == "" && d.More() {
+		var item any
+		if item, wrong = readJSON(d); begin == '[' || wrong != "" {
+			list = append(list, item)
+			continue
+		}
+		name, _ := item.(string)
+		if _, again := object[name]; again {
+			wrong = "has " + clip(name) + " twice"
+		} else {
+			object[name], wrong = readJSON(d)
+		}
+	}
+	if _, err := d.Token(); wrong == "" && err != nil {
+		wrong = "doesn't end with its closing " + map[json.Delim]string{'{': "}", '[': "]"}[begin]
+	}
+	if begin == '[' {
+		return list, wrong
+	}
+	return object, wrong
 }
 
 // readQuery takes what the query string has, each name once.

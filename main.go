@@ -233,6 +233,7 @@ type server struct {
 	inUse    sync.Map      // assertions by which something is asked just now
 	rooms    *lanes        // for assertions of those, which wait there in lanes
 	lanes    *lanes
+	listing  *lanes // for lists, by client: one may take long, and the connections are everyone's
 	recorder *queue[entry, found]
 	lookups  *queue[secretKey, client]
 	signers  *queue[shown, []client]
@@ -297,7 +298,7 @@ func open(ctx context.Context, cfg config, owner bool) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), rooms: newLanes(maxInRoom), lanes: newLanes(1), waiting: newLanes(feedRoomOf), behind: make(slots, 1)}
+	s := &server{cfg: cfg, db: db, inner: inner, redis: newCache(cfg.redis, cfg.sentinel, meter), meter: meter, vault: newVault(), rooms: newLanes(maxInRoom), lanes: newLanes(1), listing: newLanes(1), waiting: newLanes(feedRoomOf), behind: make(slots, 1)}
 	s.recorder = newQueue(s.storeEvents)
 	s.lookups = newQueue(func(ctx context.Context, shown []secretKey) ([]client, error) {
 		return loadSecretOwners(ctx, inner, shown)

@@ -262,7 +262,7 @@ func (p slots) enter(ctx context.Context) error {
 	case p <- struct{}{}:
 		return nil
 	case <-ctx.Done():
-		return fmt.Errorf("waiting to hash a secret, or to verify an assertion: %w", ctx.Err())
+		return fmt.Errorf("waiting for others to be done: %w", ctx.Err())
 	}
 }
 

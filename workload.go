@@ -95,7 +95,8 @@ func parseWorkloads(text string) (cfg workloadConfig, err error) {
 	d := json.NewDecoder(strings.NewReader(text))
 	d.DisallowUnknownFields()
 	err = d.Decode(&cfg.issuers)
-	if _, more := d.Token(); err != nil || more != io.EOF {
+	_, wrong := readJSON(json.NewDecoder(strings.NewReader(text))) // Go would take the last of two
+	if _, more := d.Token(); err != nil || more != io.EOF || wrong != "" {
 		return cfg, errors.New("it is no JSON of this form, or something follows it")
 	}
 	for name, i := range cfg.issuers {
@@ -128,16 +129,21 @@ func usable(set map[string]any) (keys []jwk) {
 }
 
 // trust takes the place of the issuers that were trusted. What is known of the keys of one
-// that hasn't changed stays; those of others come before, or in fetchTimeout they don't.
+// that hasn't changed stays; those of others come before it is trusted, or in fetchTimeout they
+// don't. Who isn't named any more is not trusted meanwhile.
 func (s *server) trust(cfg workloadConfig) {
-	before, asked := *s.issuers.Load(), sync.WaitGroup{}
+	before, meanwhile, asked := *s.issuers.Load(), map[string]*trustedIssuer{}, sync.WaitGroup{}
 	for name, i := range cfg.issuers {
-		if old := before[name]; old != nil && i.JWKSURI != "" && old.JWKSURI == i.JWKSURI && old.SingleUse == i.SingleUse && old.AllowPrivate == i.AllowPrivate {
-			cfg.issuers[name] = old
-		} else if i.JWKSURI != "" {
+		switch old := before[name]; {
+		case i.JWKSURI == "":
+			meanwhile[name] = i
+		case old != nil && old.JWKSURI == i.JWKSURI && old.SingleUse == i.SingleUse && old.AllowPrivate == i.AllowPrivate:
+			cfg.issuers[name], meanwhile[name] = old, old
+		default:
 			asked.Go(func() { <-i.ask() })
 		}
 	}
+	s.issuers.Store(&meanwhile)
 	asked.Wait()
 	s.issuers.Store(&cfg.issuers)
 }

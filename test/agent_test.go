@@ -278,6 +278,9 @@ func TestBadAgentRequestIsRefusedWithAllItsFaults(t *testing.T) {
 		{"a name twice", `{"owner":"other",` + good[1:], ""},
 		{"a name twice, once escaped", `{"\u006fwner":"other",` + good[1:], ""},
 		{"a name twice, both unknown", `{"x":1,"x":1}`, ""},
+		{"a name twice, in an object", `{"resources":{"a":1,"a":2},` + good[1:], ""},
+		{"a name twice, in an object of a list", `{"resources":[1,{"a":1,"b":[{}],"\u0061":2}],` + good[1:], ""},
+		{"a list that has no end", `{"resources":[1,` + good[1:], ""},
 		{"no UTF-8 in a value", strings.Replace(good, "team", "te\xffam", 1), ""},
 		{"no UTF-8 in a name", `{"own` + "\xc3" + `er":"x"}`, ""},
 		{"no UTF-8 that is overlong", strings.Replace(good, "team", "\xc0\x80", 1), ""},
@@ -919,6 +922,34 @@ func TestAnswersTeach(t *testing.T) {
 	for args, says := range map[string]string{"bootstrap": "bootstrap EMAIL", "keygen es256": "keygen [RS256 | ES256]", "recover a b": "recover EMAIL"} {
 		if _, err := command(t.Context(), v.env, io.Discard, strings.Fields(args)...); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%q says %v, want %q", args, err, says)
+		}
+	}
+}
+
+// One client's lists, of which any may take long, leave the connections to others: they are made one after the other.
+func TestListsOfOneClientTakeOneConnection(t *testing.T) {
+	t.Parallel()
+	v := newService(t)
+	v.exec(`insert into agents (agent_id, email, agent_type, version, capabilities, owner, deployment_env)
+		select gen_random_uuid(), 'many' || n || '@example.com', 'custom', '1.0.0', '{a:b}', 'o', 'staging' from generate_series(1, 20000) as n`)
+	v.exec(`insert into audit_events select gen_random_uuid(), 1000 + n, now(), '` + v.id + `', null, 'agent.updated', 'success', '', '', '{}', sha256(''), sha256('')
+		from generate_series(1, 20000) as n`)
+	most, answered := 0, make(chan map[string]int)
+	go func() {
+		answered <- tally(16, func(i int) answer {
+			return v.api(v.bearer, "GET", []string{"/agents?q=nobody", "/audit?outcome=failure&actorId=" + v.id}[i%2], "")
+		})
+	}()
+	for {
+		select {
+		case got := <-answered:
+			if got["200"] != 16 || most != 1 {
+				t.Errorf("16 lists at once are answered %v, and %d were made at the same time, want 1", got, most)
+			}
+			return
+		default:
+			most = max(most, v.count(`select count(*) from pg_stat_activity where datname = current_database() and state = 'active'
+				and pid <> pg_backend_pid() and (query like '%from agents%position(%' or query like '%from audit_events%@subject%' or query like '%from audit_events%subject%')`))
 		}
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -871,6 +872,23 @@ func TestIssuersServeTheirKeys(t *testing.T) {
 	p.hangup()
 	p.wantBoth("rotated", next.vouch(p.workloadClaims(cluster, screener)), true)
 	p.wantBoth("the key before", assertion, false)
+
+	// One that is taken out is out, also while another is asked for its keys in vain.
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	read := func() int { return strings.Count(p.log.String(), `"msg":"keys read"`) }
+	before := read()
+	write(members{"https://silent.example": members{"jwksUri": "https://" + silent.Addr().String(), "allowPrivate": true}}.String())
+	if err := p.cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	p.eventually("it is not trusted", func() bool { return p.byGrant(next.vouch(p.workloadClaims(cluster, screener))).status != 200 })
+	if read() != before {
+		t.Error("it was trusted until another was asked for its keys")
+	}
 }
 
 // Who manages only its own credentials can't bind itself to whom another agent is, nor

@@ -1,0 +1,42 @@
+package main
+
+import (
+	"testing"
+)
+
+// Who begins to read is not told of what is too old, and that is not read either, however much it is; also where the clock was
+// set back.
+func TestBeginningOfTheFeedIsRecent(t *testing.T) {
+	t.Parallel()
+	s, _, _ := newServer(t)
+	tx, err := s.db.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback(t.Context())
+	if _, err := tx.Exec(t.Context(), `
+		alter table audit_events disable trigger append_only; -- with what newServer has recorded it would begin at seq 1
+		delete from audit_events;
+		insert into audit_events (`+eventColumns+`)
+		select gen_random_uuid(), n, null, null, 'token.revoked', 'success', '', '', ('{"jti": "' || n || '"}')::json,
+			now() - case when n = 20001 or n > 20003 then interval '1 hour' when n = 20002 then interval '23 hours' else interval '3 days' end,
+			sha256(''), sha256(n::text::bytea)
+		from generate_series(1, 20010) as n`); err != nil {
+		t.Fatal(err)
+	}
+	read := func() (n int) {
+		err := tx.QueryRow(t.Context(), `select sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) from pg_stat_xact_user_tables where relname like 'audit_events%'`).Scan(&n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	before := read()
+	list, err := loadRevocations(t.Context(), tx, []place{{}})
+	if err != nil || len(list[0].Entries) != 9 || list[0].More || list[0].Next.seq != 20010 {
+		t.Errorf("the feed begins with %+v, %v, want nine entries", list, err)
+	}
+	if n := read() - before; n > 1000 {
+		t.Errorf("%d rows were read for it", n)
+	}
+}
