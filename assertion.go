@@ -21,8 +21,7 @@ const (
 // checkAssertion returns whose key has signed it. It is good once, on all copies.
 func (s *server) checkAssertion(r *request, a assertion) (o client, err error) {
 	o.AgentID = a.sub // for the log
-	err = a.check(s.now(), assertionLife, []string{"JWT", "client-authentication+jwt"}, []string{s.cfg.issuer}, "iss", "sub", "jti")
-	if err != nil {
+	if err = a.check(s.now(), assertionLife, []string{"JWT", "client-authentication+jwt"}, []string{s.cfg.issuer}, "iss", "sub", "jti"); err != nil {
 		return o, err
 	}
 	if a.issuer != a.sub {

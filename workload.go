@@ -50,9 +50,7 @@ func (s *server) readWorkload(value any) (w workload, err error) {
 	claims, hasClaims := members["claims"].(map[string]any)
 	w.Issuer, _ = members["issuer"].(string)
 	w.Subject, _ = members["subject"].(string)
-	if hasClaims {
-		w.Claims = map[string]string{}
-	}
+	w.Claims = map[string]string{}
 	for name, value := range claims {
 		text, ok := value.(string)
 		if w.Claims[name] = text; !ok || text == "" || len(claims) > 16 || strings.ContainsFunc(name+text, unicode.IsControl) {
@@ -128,9 +126,9 @@ func usable(set map[string]any) (keys []jwk) {
 	return keys
 }
 
-// trust takes the place of the issuers that were trusted. What is known of the keys of one
-// that hasn't changed stays; those of others come before it is trusted, or in fetchTimeout they
-// don't. Who isn't named any more is not trusted meanwhile.
+// trust takes the place of the issuers that were trusted: at once of who isn't named any more.
+// What is known of the keys of one that hasn't changed stays; others are trusted once theirs
+// have come, or fetchTimeout is over.
 func (s *server) trust(cfg workloadConfig) {
 	before, meanwhile, asked := *s.issuers.Load(), map[string]*trustedIssuer{}, sync.WaitGroup{}
 	for name, i := range cfg.issuers {
@@ -254,8 +252,7 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 	if asGrant { // RFC 7523, section 3
 		audiences = append(audiences, s.cfg.issuer+"/api/v1/token")
 	}
-	types := []string{"JWT", "JOSE", "client-authentication+jwt", "at+jwt"} // the last of another AgentIdP
-	needed := []string{"sub"}
+	types, needed := []string{"JWT", "JOSE", "client-authentication+jwt", "at+jwt"}, []string{"sub"} // at+jwt of another AgentIdP
 	if trusted.SingleUse {
 		needed = append(needed, "jti")
 	}
