@@ -253,11 +253,6 @@ func (s *server) listAgents(r *request) (any, error) {
 	if err := in.problem(); err != nil {
 		return nil, err
 	}
-	lane := s.listing.of(r.caller.AgentID)
-	if err := lane.enter(r.Context()); err != nil {
-		return nil, err
-	}
-	defer lane.leave()
 	p, _, err := list[agent](r.Context(), s.db, part, args, agentColumns, `
 		from agents
 		where (@owner::text is null or owner = @owner)

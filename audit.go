@@ -218,11 +218,6 @@ func (s *server) listEvents(r *request) (any, error) {
 	if before != nil {
 		args["before"], args["beforeTime"] = before.Seq, time.UnixMilli(before.Time)
 	}
-	lane := s.listing.of(r.caller.AgentID)
-	if err := lane.enter(r.Context()); err != nil {
-		return nil, err
-	}
-	defer lane.leave()
 	p, more, err := list[event](r.Context(), s.db, part, args, eventColumns, `
 		from audit_events
 		where (@agent::uuid is null or agent_id = @agent)

@@ -159,6 +159,19 @@ func (s *server) spend(r *request, c caller, window, month string) (counted bool
 	return v.state == "admitted" && month != "", nil
 }
 
+// inTurn has one client's requests handled one after the other: any of these may take long,
+// and the connections are everyone's.
+func (s *server) inTurn(handle func(*request) (any, error)) func(*request) (any, error) {
+	return func(r *request) (any, error) {
+		lane := s.listing.of(r.caller.AgentID)
+		if err := lane.enter(r.Context()); err != nil {
+			return nil, err
+		}
+		defer lane.leave()
+		return handle(r)
+	}
+}
+
 // authenticateClient is the only way from a request to the client that sent
 // it: by HTTP Basic, or client_id and client_secret in the form (RFC 6749,
 // section 2.3.1); or by an assertion (assertion.go).

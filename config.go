@@ -233,7 +233,7 @@ func parseOrigin(v string) (string, error) {
 func parseNetworks(v string) (list []netip.Prefix, err error) {
 	for _, text := range strings.FieldsFunc(v, func(c rune) bool { return c == ',' || c == ' ' }) {
 		network, badErr := netip.ParsePrefix(text)
-		if network.Addr().Is4In6() { // of no address as we have them
+		if network.Addr().Is4In6() { // addresses are compared unmapped: it would hold none
 			badErr = strconv.ErrSyntax
 		}
 		list, err = append(list, network), errors.Join(err, badErr)

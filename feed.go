@@ -188,7 +188,7 @@ func (s *server) listRevocations(r *request) (any, error) {
 // something in it has listEvents.
 func (s *server) readEvents(r *request) (any, error) {
 	if !r.URL.Query().Has("after") {
-		return s.listEvents(r)
+		return s.inTurn(s.listEvents)(r)
 	}
 	in, size := readQuery(r), 100
 	after, wait := take(in, "after", readPlace), take(in, "wait", whole(1, feedWait))

@@ -257,13 +257,13 @@ type server struct {
 func (s *server) routes() []route {
 	return []route{
 		{"POST /api/v1/agents", 201, s.bearer(agentsWrite), s.createAgent, rest, agentCreated},
-		{"GET /api/v1/agents", 200, s.bearer(agentsRead), s.listAgents, rest, ""},
+		{"GET /api/v1/agents", 200, s.bearer(agentsRead), s.inTurn(s.listAgents), rest, ""},
 		{"GET /api/v1/agents/{agentId}", 200, s.bearer(agentsRead, ""), s.getAgent, rest, ""},
 		{"PATCH /api/v1/agents/{agentId}", 200, s.bearer(agentsWrite), s.updateAgent, rest, agentUpdated},
 		{"DELETE /api/v1/agents/{agentId}", 204, s.bearer(agentsWrite), s.decommissionAgent, rest, agentDecommissioned},
 
 		{"POST /api/v1/agents/{agentId}/credentials", 201, s.bearer(agentsWrite, credentialsWrite), s.createCredential, rest, credentialGenerated},
-		{"GET /api/v1/agents/{agentId}/credentials", 200, s.bearer(agentsWrite, credentialsWrite), s.listCredentials, rest, ""},
+		{"GET /api/v1/agents/{agentId}/credentials", 200, s.bearer(agentsWrite, credentialsWrite), s.inTurn(s.listCredentials), rest, ""},
 		{"POST /api/v1/agents/{agentId}/credentials/{credentialId}/rotate", 200, s.bearer(agentsWrite, credentialsWrite), s.rotateCredential, rest, credentialRotated},
 		{"DELETE /api/v1/agents/{agentId}/credentials/{credentialId}", 204, s.bearer(agentsWrite, credentialsWrite), s.revokeCredential, rest, credentialRevoked},
 		{"DELETE /api/v1/credentials", 204, s.bearer(agentsWrite), s.revokeWorkloads, rest, credentialRevoked},

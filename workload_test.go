@@ -529,6 +529,7 @@ func TestIssuersOfWorkloadsAreChecked(t *testing.T) {
 	for _, text := range []string{
 		`canary`, `[]`, `"canary"`, `1`, with(`null`), with(`{}`), with(`[]`), with(`"canary"`), with(`{"jwksUri":"https://h/"}`) + `x`, with(`{"jwksUri":"https://h/"}`)[:30],
 		with(`{"jwksUri":"https://h/"}`) + with(`{"jwksUri":"https://h/"}`),
+		`{"https://a.example":{"jwksUri":"https://h/","singleUse":true},"https://a.example":{"jwksUri":"https://h/"}}`,
 		`{"":{"jwksUri":"https://h/"}}`, `{"` + strings.Repeat("a", 513) + `":{"jwksUri":"https://h/"}}`,
 		with(`{"jwksUri":"http://h/"}`), with(`{"jwksUri":"h"}`), with(`{"jwksUri":"//h/"}`), with(`{"jwksUri":"https:///x"}`), with(`{"jwksUri":"https://:443/"}`),
 		with(`{"jwksUri":"https://canary@h/"}`), with(`{"jwksUri":"https://u:canary@h/"}`), with(`{"jwksUri":"https://%zz/"}`), with(`{"jwksUri":"ftp://h/"}`), with(`{"jwksUri":1}`),

@@ -230,11 +230,11 @@ func (s *stores) newServer(key string, first *server, more ...string) (*server, 
 }
 
 func (sv *server) stop() {
+	end := syscall.SIGTERM
 	if *profile != "" {
-		sv.cmd.Process.Signal(syscall.SIGUSR1) // it writes its profile first; of others this is the end
-	} else {
-		sv.cmd.Process.Signal(syscall.SIGTERM)
+		end = syscall.SIGUSR1 // it writes its profile first; of others this is the end, too
 	}
+	sv.cmd.Process.Signal(end)
 	sv.cmd.Wait()
 }
 
