@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	mrand "math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -22,6 +23,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -207,13 +209,17 @@ func (p *process) stop() {
 	}
 }
 
-// freePort finds a port of loopback that nobody listens on, and that no
-// outgoing connection is given.
+var (
+	firstPort  = mrand.IntN(20000) // since other runs take theirs from here too
+	portNumber atomic.Int64
+)
+
+// freePort finds a port of loopback that nobody listens on, that no outgoing
+// connection is given, and that was not found before: who asked for that may
+// not listen yet, or be about to listen again.
 func freePort() (string, error) {
 	for range 100 {
-		var b [2]byte
-		rand.Read(b[:])
-		port := fmt.Sprint(20000 + (int(b[0])<<8|int(b[1]))%12000)
+		port := fmt.Sprint(10000 + (firstPort+int(portNumber.Add(1)))%20000)
 		if listener, err := net.Listen("tcp", "127.0.0.1:"+port); err == nil {
 			return port, listener.Close()
 		}
