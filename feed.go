@@ -13,8 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/jackc/pgx/v5"
 )
 
 // The feed tells services that verify tokens by themselves what was cut off, and a
@@ -123,7 +121,7 @@ func loadRevocations(ctx context.Context, db querier, after []place) (list []rev
 // of a month. The clock may have been set back, so it begins with the least seq of a hundred.
 func loadPage(ctx context.Context, db querier, at place, upTo int64) (revocations, error) {
 	p := revocations{Entries: []revocation{}, Next: at, lost: at.seq > 0}
-	rows, _ := db.Query(ctx, `
+	events, err := planned[event](ctx, db, `
 		select `+eventColumns+`
 		from audit_events
 		where seq in ($1, (select max(seq) from audit_events where seq <= $4))
@@ -142,7 +140,6 @@ func loadPage(ctx context.Context, db querier, at place, upTo int64) (revocation
 			limit 1000) as events
 		order by seq
 		limit 1000`, at.seq, feedActions, maxTokenTTL+clockTrust, upTo)
-	events, err := pgx.CollectRows(rows, pgx.RowToStructByName[event])
 	p.More = len(events) == feedPage
 	for _, e := range events {
 		x, ok, wrong := revocationOf(e)
@@ -210,13 +207,12 @@ func (s *server) readEvents(r *request) (any, error) {
 		Data []event `json:"data"`
 		Next place   `json:"next"`
 	}{Next: *after}, s.oldestServed()
-	rows, _ := s.db.Query(r.Context(), `
+	if out.Data, err = planned[event](r.Context(), s.db, `
 		select `+eventColumns+`
 		from audit_events
 		where seq > $1 and seq >= (select seq from audit_events where "timestamp" >= $2 order by "timestamp", seq limit 1)
 		order by seq
-		limit $3`, after.seq, oldest, size)
-	if out.Data, err = pgx.CollectRows(rows, pgx.RowToStructByName[event]); err != nil {
+		limit $3`, after.seq, oldest, size); err != nil {
 		return nil, fmt.Errorf("reading on in the log: %w", err)
 	}
 	if after.seq > 0 && grown(p) && (len(out.Data) == 0 || out.Data[0].Seq != after.seq+1) {

@@ -40,3 +40,32 @@ func TestBeginningOfTheFeedIsRecent(t *testing.T) {
 		t.Errorf("%d rows were read for it", n)
 	}
 }
+
+// Who reads on asks often, and to plan for the partitions each time would cost several times the question itself.
+func TestReadingOnIsPlannedOnce(t *testing.T) {
+	t.Parallel()
+	s, id, plain := newServer(t)
+	bearer := s.bearerOf(t, id, plain)
+	for range 10 {
+		for _, path := range []string{"revocations?after=1", "audit?after=0"} {
+			if w := s.ask("GET", "/api/v1/"+path, "", "Authorization", bearer); w.Code != 200 {
+				t.Fatalf("GET %s = %d %s", path, w.Code, w.Body)
+			}
+		}
+	}
+	var once, anew int
+	for _, conn := range s.db.AcquireAllIdle(t.Context()) {
+		var n, m int
+		err := conn.QueryRow(t.Context(), `
+			select coalesce(sum(generic_plans), 0), coalesce(sum(custom_plans), 0)
+			from pg_prepared_statements
+			where statement ~ 'from audit_events\s+where seq '`).Scan(&n, &m)
+		if once, anew = once+n, anew+m; err != nil {
+			t.Error(err)
+		}
+		conn.Release()
+	}
+	if once != 30 || anew != 0 {
+		t.Errorf("of 30 questions %d had a plan, and %d were planned anew", once, anew)
+	}
+}

@@ -46,6 +46,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -124,7 +125,7 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	var do func(*server) error
 	command := strings.Join(args, " ")
 	switch {
-	case command == "-h" || command == "-help" || command == "--help":
+	case len(args) > 0 && slices.Contains([]string{"-h", "-help", "--help"}, args[len(args)-1]): // of a command too
 		fmt.Fprint(stdout, usage)
 		for _, v := range new(config).variables() {
 			fmt.Fprintf(stdout, "  %-23s %-14s %s\n", v.name, v.preset, v.about)

@@ -45,6 +45,18 @@ func one[T any](ctx context.Context, db querier, none error, doing, sql string, 
 	return v, nil
 }
 
+// planned returns the rows of a query that one plan is good for, whatever is asked: over
+// the partitions of the log it takes several times as long to plan as to run.
+func planned[T any](ctx context.Context, db querier, sql string, args ...any) (list []T, err error) {
+	batch := &pgx.Batch{} // one transaction
+	batch.Queue(`select set_config('plan_cache_mode', 'force_generic_plan', true)`)
+	batch.Queue(sql, args...).Query(func(rows pgx.Rows) (err error) {
+		list, err = pgx.CollectRows(rows, pgx.RowToStructByName[T])
+		return err
+	})
+	return list, db.SendBatch(ctx, batch).Close()
+}
+
 // execSQL runs a statement whose result doesn't matter.
 func execSQL(ctx context.Context, db querier, doing, sql string, args ...any) error {
 	if _, err := db.Exec(ctx, sql, args...); err != nil {

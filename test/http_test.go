@@ -661,8 +661,8 @@ func TestEveryFaultOfTheEnvironmentIsReportedAtOnce(t *testing.T) {
 func TestCommands(t *testing.T) {
 	t.Parallel()
 	v := newService(t)
-	for _, arg := range []string{"-h", "-help", "--help"} {
-		out, err := command(t.Context(), nil, io.Discard, arg)
+	for _, arg := range []string{"-h", "-help", "--help", "audit-export -h", "bootstrap --help"} {
+		out, err := command(t.Context(), nil, io.Discard, strings.Fields(arg)...)
 		if err != nil {
 			t.Errorf("run(%q) = %v, want nil", arg, err)
 		}
