@@ -15,7 +15,7 @@ import (
 const (
 	assertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 	maxKeysTried  = 5  // where the assertion doesn't say which
-	maxKnown      = 64 // keys of a client, and credentials of one workload: the newest
+	maxKnown      = 64 // keys of a client, those that live longest, and credentials of one workload
 )
 
 // checkAssertion returns whose key has signed it. It is good once, on all copies.
@@ -78,13 +78,13 @@ func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, err
 		from shown
 		cross join lateral (
 			select `+clientColumns+`, c.public_key, '{}'::json
-			from (
+			from agents a
+			cross join lateral (
 				select * from credentials
-				where client_id = nullif(shown.id, '')::uuid and kind = 'key'
-				order by credential_id desc
+				where client_id = a.agent_id and kind = 'key' and status = case a.status when 'decommissioned' then 'revoked' else 'active' end
+				order by coalesce(expires_at, 'infinity') desc, credential_id desc -- as the index has it
 				limit $7) as c
-			join agents a on a.agent_id = c.client_id
-			where (a.status = 'decommissioned' or c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp()))
+			where a.agent_id = nullif(shown.id, '')::uuid and (c.status = 'revoked' or c.expires_at is null or c.expires_at > clock_timestamp())
 				and shown.kid in ('', c.key_thumbprint, c.public_key ->> 'kid')
 			order by c.credential_id desc
 			limit $6) as own
@@ -99,7 +99,7 @@ func loadSigners(ctx context.Context, db querier, list []shown) ([][]client, err
 			where c.workload ->> 'subject' = shown.subject and c.workload ->> 'issuer' = shown.issuer and shown.id in ('', c.client_id::text)
 				and c.status = 'active' and (c.expires_at is null or c.expires_at > clock_timestamp())
 			order by c.credential_id desc
-			limit $7) as theirs
+			limit $7 + 1) as theirs
 		where shown.issuer <> ''
 		order by i, credential_id desc`,
 		ids, kids, issuers, subjects, uses, maxKeysTried, maxKnown)

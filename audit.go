@@ -73,8 +73,12 @@ func (s *server) changeAll(r *request, whom func(context.Context, pgx.Tx) ([]str
 		if err == nil && (events != nil || r.caller.use.id != "") {
 			head, err = appendEvents(ctx, tx, entries, false)
 		}
-		if err == nil && entries[0].found.replayed {
+		switch {
+		case err != nil:
+		case entries[0].found.replayed:
 			err = r.caller.use.again
+		case entries[0].found.dead > 0:
+			err = r.caller.ended()
 		}
 		return err
 	})
@@ -159,13 +163,14 @@ func (s *server) refused(r *request, e event, why error) error {
 func (s *server) recordRefusal(r *request, err error) error {
 	rt := r.route
 	p, ok := errors.AsType[*problem](err)
-	if ok && (p.status == http.StatusBadRequest || p.status == http.StatusForbidden) {
+	wasCutOff := ok && errors.Is(err, r.caller.use.over) // of a grant that is a 400
+	if ok && !wasCutOff && (p.status == http.StatusBadRequest || p.status == http.StatusForbidden) {
 		if err := s.useUp(r); err != nil {
 			return err
 		}
 	}
 	if !ok || p.bound || rt.records == "" || r.caller.AgentID == "" || // of bound it isn't proved who asked
-		!slices.Contains([]int{http.StatusUnauthorized, http.StatusForbidden, http.StatusConflict}, p.status) {
+		!wasCutOff && !slices.Contains([]int{http.StatusUnauthorized, http.StatusForbidden, http.StatusConflict}, p.status) {
 		return err
 	}
 	concerned, f := r.PathValue("agentId"), facts{"reason": p.code}

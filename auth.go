@@ -269,7 +269,7 @@ func (s *server) authenticateByAssertion(r *request) error {
 	switch {
 	case err == nil:
 		r.caller = o.caller
-		r.caller.use.again = saying(replayed) // by one that comes at the same time
+		r.caller.use.again, r.caller.use.over = saying(replayed), saying("was good, and is cut off since") // by what comes at the same time
 		return nil
 	case !refused || why.status == http.StatusServiceUnavailable: // a fault
 		return err

@@ -29,7 +29,7 @@ type caller struct {
 	scopes    []string       // of the token, or all of the agent's where it showed a credential
 	expiresAt *moment        // of the credential shown
 	until     int64          // of a token: seconds since 1970
-	use       use            // of the assertion that it showed, if that is good once
+	use       use            // of the assertion that it showed
 	proof     shownProof     // that its token, or the one that it asks for, is its own
 	proved    map[string]any // what an event says of that
 	kind      string         // of the credential of a token
@@ -37,13 +37,15 @@ type caller struct {
 	allowance                // of a token the rate limit alone
 }
 
-// A use is that of an assertion, which is remembered until it is of no use. It is
-// one with what it is for: both are stored, or neither.
+// A use is that of an assertion, which if it is good once is remembered until it is of
+// no use. It is one with what it is for: both are stored, or neither.
 type use struct {
-	id    string
-	end   time.Time
-	again error // what a second one of this id is told
-	done  bool  // remembered
+	id      string // "" where it may be used again
+	end     time.Time
+	again   error       // what a second one of this id is told
+	over    error       // what one is told that was cut off meanwhile
+	trusted func() bool // whether its issuer is as it was read; nil where it is a client's own
+	done    bool        // remembered
 }
 
 // An allowance is what an agent can't change of itself.
@@ -169,7 +171,7 @@ func (c caller) ended() error {
 	if c.TokenID != "" {
 		return errInvalidToken
 	}
-	return errBadClient
+	return cmp.Or(c.use.over, error(errBadClient))
 }
 
 // areAlive tells of each origin whether it is: its credential is active, has not

@@ -100,6 +100,9 @@ func (e event) by(r *request) event {
 	if r.caller.AgentID != "" && e.ActorID == nil {
 		e.ActorID = &r.caller.AgentID
 	}
+	if _, forOther := e.facts["requestedBy"]; r.caller.proved != nil && !forOther {
+		e.facts["workload"] = r.caller.proved
+	}
 	if r.addr.IsValid() {
 		e.IPAddress = r.addr.String()
 	}
@@ -172,6 +175,9 @@ func ask(b *pgx.Batch, entries []entry) (tell func()) {
 			x, n, all := &entries[i], len(entries[i].needs), len(entries[i].needs)+len(entries[i].asks)
 			hasChanged := func(l life) bool { row, read := x.rows[l.agentID]; return read && row != l.row }
 			x.found = found{x.use.id != "" && !first[x.use.id], slices.ContainsFunc(lives[:n], hasChanged), 1 + slices.IndexFunc(lives[:n], isDead), !slices.ContainsFunc(lives[n:all], isDead)}
+			if x.use.trusted != nil && !x.use.trusted() {
+				x.found.dead = 1
+			}
 			lives = lives[all:]
 			delete(first, x.use.id) // of two that come together only one is
 		}

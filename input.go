@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 	"unicode/utf8"
 )
 
@@ -190,3 +191,7 @@ func parseWhole(least, most int) func(string) (int, error) {
 		return n, err
 	}
 }
+
+// noText tells of what no issuer, subject or claim has: control characters, and what stands
+// for broken ones, which are all the same then.
+func noText(c rune) bool { return unicode.IsControl(c) || c == utf8.RuneError }

@@ -123,7 +123,9 @@ begin
 end $$;
 create unique index if not exists credentials_key_thumbprint on credentials (key_thumbprint) where status = 'active';
 create index if not exists credentials_workload on credentials ((workload ->> 'subject')) where status = 'active';
-create index if not exists credentials_keys on credentials (client_id, credential_id) where kind = 'key'; -- since version 5
+drop index if exists credentials_keys; -- of version 5
+create index if not exists credentials_keys_by_end on credentials
+    (client_id, status, coalesce(expires_at, 'infinity'), credential_id) where kind = 'key'; -- since version 7
 create unique index if not exists credentials_secret_prefix on credentials (secret_prefix);
 create index if not exists credentials_client_id on credentials (client_id, credential_id);
 ---

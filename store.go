@@ -369,7 +369,7 @@ var schema string
 
 // schemaVersion is raised with every change of schema.sql, which from version 2
 // on only adds. So a version of the program does with a later schema.
-const schemaVersion = 6
+const schemaVersion = 7
 
 var errEncoding = errors.New("the database is not in UTF8, so that it can't keep every text: make another, by createdb -E UTF8 -T template0")
 

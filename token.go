@@ -57,13 +57,11 @@ func (s *server) issue(r *request, g grant, bad error) (any, error) {
 	}
 	c := s.claimsOf(g, now)
 	f := facts{"jti": c.ID, "credentialId": c.CredentialID, "scope": c.Scope, "exp": c.Expires}
-	asked := f // of whom that is who has proved it
 	if c.ClientID != r.caller.AgentID {
-		asked = facts{"agentId": r.caller.AgentID, "credentialId": r.caller.CredentialID}
-		f["requestedBy"] = asked
-	}
-	if r.caller.proved != nil {
-		asked["workload"] = r.caller.proved
+		f["requestedBy"] = facts{"agentId": r.caller.AgentID, "credentialId": r.caller.CredentialID}
+		if r.caller.proved != nil {
+			f["requestedBy"].(facts)["workload"] = r.caller.proved
+		}
 	}
 	if c.Audience[0] != s.cfg.issuer || len(c.Audience) > 1 {
 		f["aud"] = c.Audience

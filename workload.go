@@ -6,8 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -17,15 +17,12 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
 )
 
-// A workload is an agent that has neither a secret nor a key of its own here: an
-// issuer whom the operator trusts says who it is, in a token for us (RFC 7523). Its
-// credential names that issuer and the subject; nothing but equality counts.
+// A workload is an agent that has neither a secret nor a key of its own here: an issuer whom the operator trusts
+// says who it is, in a token for us (RFC 7523). Its credential names that and the subject; only equality counts.
 type workload struct {
 	Issuer  string            `json:"issuer"`
 	Subject string            `json:"subject"`
@@ -53,11 +50,11 @@ func (s *server) readWorkload(value any) (w workload, err error) {
 	w.Claims = map[string]string{}
 	for name, value := range claims {
 		text, ok := value.(string)
-		if w.Claims[name] = text; !ok || text == "" || len(claims) > 16 || strings.ContainsFunc(name+text, unicode.IsControl) {
-			return w, errors.New("must have up to 16 claims, each a text without control characters")
+		if w.Claims[name] = text; !ok || text == "" || len(claims) > 16 || strings.ContainsFunc(name+text, noText) {
+			return w, errors.New("must have up to 16 claims, each a text without control characters and U+FFFD")
 		}
 	}
-	if w.Subject == "" || len(w.Subject) > 512 || len(members) > 2 && !hasClaims || len(members) > 3 || strings.ContainsFunc(w.Subject, unicode.IsControl) {
+	if w.Subject == "" || len(w.Subject) > 512 || len(members) > 2 && !hasClaims || len(members) > 3 || strings.ContainsFunc(w.Subject, noText) {
 		return w, errors.New("must have an issuer, a subject of at most 512 characters, and claims or none, like {\"issuer\":\"https://...\",\"subject\":\"...\"}")
 	}
 	if (*s.issuers.Load())[w.Issuer] == nil {
@@ -90,16 +87,17 @@ type workloadConfig struct {
 
 func parseWorkloads(text string) (cfg workloadConfig, err error) {
 	cfg.text = text
-	d := json.NewDecoder(strings.NewReader(text))
-	d.DisallowUnknownFields()
-	err = d.Decode(&cfg.issuers)
-	_, wrong := readJSON(json.NewDecoder(strings.NewReader(text))) // Go would take the last of two
-	if _, more := d.Token(); err != nil || more != io.EOF || wrong != "" {
+	value, wrong := readJSON(json.NewDecoder(strings.NewReader(text))) // Go would take the last of two, and of names that differ in case
+	if err = json.Unmarshal([]byte(text), &cfg.issuers); err != nil || wrong != "" {
 		return cfg, errors.New("it is no JSON of this form, or something follows it")
 	}
 	for name, i := range cfg.issuers {
-		if i == nil || name == "" || len(name) > 512 || strings.ContainsFunc(name, unicode.IsControl) || (i.JWKS == nil) == (i.JWKSURI == "") {
-			return cfg, errors.New("each issuer must have a name, and either jwks or jwksUri")
+		members, _ := value.(map[string]any)[name].(map[string]any)
+		maps.DeleteFunc(members, func(is string, _ any) bool {
+			return slices.Contains([]string{"jwks", "jwksUri", "singleUse", "allowPrivate"}, is)
+		})
+		if i == nil || name == "" || len(name) > 512 || strings.ContainsFunc(name, noText) || (i.JWKS == nil) == (i.JWKSURI == "") || len(members) > 0 {
+			return cfg, errors.New("each issuer must have a name, either jwks or jwksUri, and beside that only singleUse and allowPrivate")
 		}
 		if u, err := url.Parse(i.JWKSURI); i.JWKS == nil && (err != nil || u.Scheme != "https" || u.Hostname() == "" || u.User != nil) {
 			return cfg, errors.New("a jwksUri must be an https URL")
@@ -133,10 +131,10 @@ func (s *server) trust(cfg workloadConfig) {
 	before, meanwhile, asked := *s.issuers.Load(), map[string]*trustedIssuer{}, sync.WaitGroup{}
 	for name, i := range cfg.issuers {
 		switch old := before[name]; {
+		case old != nil && old.JWKSURI == i.JWKSURI && old.SingleUse == i.SingleUse && old.AllowPrivate == i.AllowPrivate && fmt.Sprint(old.JWKS) == fmt.Sprint(i.JWKS):
+			cfg.issuers[name], meanwhile[name] = old, old
 		case i.JWKSURI == "":
 			meanwhile[name] = i
-		case old != nil && old.JWKSURI == i.JWKSURI && old.SingleUse == i.SingleUse && old.AllowPrivate == i.AllowPrivate:
-			cfg.issuers[name], meanwhile[name] = old, old
 		default:
 			asked.Go(func() { <-i.ask() })
 		}
@@ -146,9 +144,8 @@ func (s *server) trust(cfg workloadConfig) {
 	s.issuers.Store(&cfg.issuers)
 }
 
-// newFetcher makes a client that follows no redirect, asks no proxy, and, where it
-// may not, connects to no address of a private network: that is looked at behind
-// the look-up of the name, which the issuer's owner decides.
+// newFetcher makes a client that follows no redirect, asks no proxy, and connects to a private network only where
+// it may: that is looked at behind the look-up of the name, which the issuer's owner decides.
 func newFetcher(allowPrivate bool) *http.Client {
 	dialer := &net.Dialer{Timeout: fetchTimeout, Control: func(_, address string, _ syscall.RawConn) error {
 		if to, err := netip.ParseAddrPort(address); err != nil || !allowPrivate && !isPublic(to.Addr()) {
@@ -178,9 +175,8 @@ func isPublic(a netip.Addr) bool {
 		!slices.ContainsFunc(special, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// find returns the keys that may have signed. Only who finds that they have to be
-// asked for waits for that, and nobody else; an unknown kid has them asked for at
-// most every keysAgain. An error is that there are none.
+// find returns the keys that may have signed. Only who needs them to be asked for waits;
+// an unknown kid has that done at most every keysAgain. An error is that there are none.
 func (i *trustedIssuer) find(ctx context.Context, kid string) ([]jwk, error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -200,7 +196,7 @@ func (i *trustedIssuer) find(ctx context.Context, kid string) ([]jwk, error) {
 			found = i.named(kid)
 		}
 	}
-	if i.keys == nil || time.Since(i.answered) > keysLast || len(found) == 0 && (i.fetching != nil || i.failed != nil) {
+	if time.Since(i.answered) > keysLast || len(found) == 0 && (i.fetching != nil || i.failed != nil) {
 		return nil, errUnavailable.because("The keys of the assertion's issuer can't be had now; try again.")
 	}
 	return found, nil
@@ -230,8 +226,8 @@ func (i *trustedIssuer) fetch() {
 		}
 		answer.Body.Close()
 	}
-	keys := usable(set)
-	if err == nil && keys == nil {
+	list, isSet := set["keys"].([]any)
+	if err == nil && usable(set) == nil {
 		err = errors.New("it has no key that can be used here, or more than 64")
 	}
 	i.mu.Lock()
@@ -239,8 +235,8 @@ func (i *trustedIssuer) fetch() {
 	if (err == nil) != (i.failed == nil) {
 		slog.Warn("keys of a workload's issuer", "jwksUri", i.JWKSURI, "well", err == nil, "error", err)
 	}
-	if i.failed = err; err == nil {
-		i.keys, i.answered = keys, time.Now()
+	if i.failed = err; isSet && len(list) <= maxKeys { // also where none is left: they were withdrawn
+		i.keys, i.answered = usable(set), time.Now()
 	}
 	close(i.fetching)
 	i.fetching = nil
@@ -259,8 +255,8 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 	if err := a.check(s.now(), workloadLife, types, audiences, needed...); err != nil {
 		return o, err
 	}
-	if strings.ContainsFunc(a.sub+a.id, unicode.IsControl) {
-		return o, flaw("must have no control characters in its sub and jti")
+	if strings.ContainsFunc(a.sub+a.id, noText) {
+		return o, flaw("must have no control characters in its sub and jti, nor broken ones")
 	}
 	keys, err := trusted.find(r.Context(), a.kid)
 	if err != nil {
@@ -275,6 +271,7 @@ func (s *server) checkWorkload(r *request, trusted *trustedIssuer, a assertion, 
 	if o, err = s.findWorkload(r, a); err == nil {
 		o, err = accept(o, a, trusted.SingleUse)
 	}
+	o.use.trusted = func() bool { return (*s.issuers.Load())[a.issuer] == trusted }
 	o.proved = facts{"issuer": a.issuer, "subject": a.sub, "jti": a.id} // of the assertion
 	return o, err
 }
@@ -288,6 +285,9 @@ func (s *server) findWorkload(r *request, a assertion) (found client, err error)
 		return found, notBound
 	}
 	clients, err := s.signers.put(r.Context(), x).wait()
+	if err == nil && len(clients) > maxKnown {
+		err = errForm.because(fmt.Sprintf("More than %d credentials have this issuer and subject; choose by client_id one that has fewer.", maxKnown))
+	}
 	if err != nil {
 		return found, err
 	}
@@ -312,14 +312,13 @@ func (s *server) findWorkload(r *request, a assertion) (found client, err error)
 
 const maxCut = 1000 // agents in one transaction, so that nobody waits for long behind it
 
-// revokeWorkloads ends all credentials of an issuer, and with them all tokens that came
-// from it: it was broken into. Whoever may not do that to each of the agents does it to
-// none. What was ended stays so where time runs out, or nobody would be left to manage
-// agents, and the next such request goes on.
+// revokeWorkloads ends all credentials of an issuer, and with them all tokens that came from it: it was broken
+// into. Whoever may not do that to each of the agents does it to none. What was ended stays so where time runs
+// out, or nobody would be left to manage agents, and the next such request goes on.
 func (s *server) revokeWorkloads(r *request) (any, error) {
 	in := readQuery(r)
 	issuer := take(in, "workloadIssuer", matching("must be an issuer of workloads", func(s string) bool {
-		return s != "" && len(s) <= 512 && utf8.ValidString(s) && !strings.ContainsFunc(s, unicode.IsControl)
+		return s != "" && len(s) <= 512 && !strings.ContainsFunc(s, noText)
 	}))
 	if issuer == nil && in.faults["workloadIssuer"] == nil {
 		in.faults["workloadIssuer"] = "is missing: the issuer whose workloads' credentials are to end"

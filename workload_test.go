@@ -175,7 +175,7 @@ func TestKeysOfAnIssuerAreRotated(t *testing.T) {
 // of others they are asked for before anybody waits for them.
 func TestIssuersThatDoNotChangeKeepTheirKeys(t *testing.T) {
 	t.Parallel()
-	s := &server{}
+	s, static := &server{}, publicKeyText(t, "h")
 	s.issuers.Store(&map[string]*trustedIssuer{})
 	trust := func(text string) map[string]*trustedIssuer {
 		t.Helper()
@@ -191,12 +191,14 @@ func TestIssuersThatDoNotChangeKeepTheirKeys(t *testing.T) {
 	}
 	before := trust(`{"https://a.example": {"jwksUri": "https://a.example/keys"}, "https://b.example": {"jwksUri": "https://b.example/keys"},
 		"https://c.example": {"jwksUri": "https://c.example/keys"}, "https://d.example": {"jwksUri": "https://d.example/keys"},
-		"https://e.example": {"jwks": ` + setOf(publicKeyText(t, "e")) + `}, "https://f.example": {"jwksUri": "https://f.example/keys"}}`)
+		"https://e.example": {"jwks": ` + setOf(publicKeyText(t, "e")) + `}, "https://f.example": {"jwksUri": "https://f.example/keys"},
+		"https://h.example": {"jwks": ` + setOf(static) + `}}`)
 	later := trust(`{"https://a.example": {"jwksUri": "https://a.example/keys"}, "https://b.example": {"jwksUri": "https://b.example/others"},
 		"https://c.example": {"jwksUri": "https://c.example/keys", "singleUse": true}, "https://d.example": {"jwksUri": "https://d.example/keys", "allowPrivate": true},
-		"https://e.example": {"jwks": ` + setOf(publicKeyText(t, "f")) + `}, "https://g.example": {"jwksUri": "https://a.example/keys"}}`)
-	if later["https://a.example"] != before["https://a.example"] {
-		t.Error("an issuer that did not change has lost its keys")
+		"https://e.example": {"jwks": ` + setOf(publicKeyText(t, "f")) + `}, "https://g.example": {"jwksUri": "https://a.example/keys"},
+		"https://h.example": {"jwks": ` + setOf(static) + `}}`)
+	if later["https://a.example"] != before["https://a.example"] || later["https://h.example"] != before["https://h.example"] {
+		t.Error("an issuer that did not change has lost its keys, or those of it who wait")
 	}
 	for _, name := range []string{"https://b.example", "https://c.example", "https://d.example", "https://e.example", "https://g.example"} {
 		if later[name] == nil || later[name] == before[name] {
@@ -292,34 +294,35 @@ func TestAnswersThatHoldNoKeysAreNone(t *testing.T) {
 		code int
 		body io.Reader
 		ok   bool
+		gone bool // the key before
 	}{
-		"a good one":                {200, strings.NewReader(setOf(key)), true},
-		"64 keys":                   {200, strings.NewReader(setOf(many[1:]...)), true},
-		"65 keys":                   {200, strings.NewReader(setOf(many...)), false},
-		"one good of many bad":      {200, strings.NewReader(setOf(`null`, `1`, `{}`, `{"kty":"oct","k":"AA"}`, private, key)), true},
-		"a private member":          {200, strings.NewReader(setOf(private)), false},
-		"a symmetric key":           {200, strings.NewReader(setOf(`{"kty":"oct","k":"AA","kid":"b"}`)), false},
-		"use enc":                   {200, strings.NewReader(setOf(strings.Replace(key, "{", `{"use":"enc",`, 1))), false},
-		"a certificate of SPIFFE":   {200, strings.NewReader(setOf(strings.Replace(key, "{", `{"use":"x509-svid",`, 1))), false},
-		"a key of SPIFFE":           {200, strings.NewReader(setOf(strings.Replace(key, "{", `{"use":"jwt-svid",`, 1))), true},
-		"members beside keys":       {200, strings.NewReader(`{"spiffe_sequence":1,"keys":[` + key + `]}`), true},
-		"no keys":                   {200, strings.NewReader(`{"keys":[]}`), false},
-		"keys null":                 {200, strings.NewReader(`{"keys":null}`), false},
-		"keys an object":            {200, strings.NewReader(`{"keys":{"b":` + key + `}}`), false},
-		"a list":                    {200, strings.NewReader(`[` + key + `]`), false},
-		"null":                      {200, strings.NewReader(`null`), false},
-		"nothing":                   {200, strings.NewReader(``), false},
-		"HTML":                      {200, strings.NewReader(`<html>`), false},
-		"half":                      {200, strings.NewReader(setOf(key)[:50]), false},
-		"500 with a good body":      {500, strings.NewReader(setOf(key)), false},
-		"404 with a good body":      {404, strings.NewReader(setOf(key)), false},
-		"201 with a good body":      {201, strings.NewReader(setOf(key)), false},
-		"a redirect with a body":    {302, strings.NewReader(setOf(key)), false},
-		"256 kB":                    {200, strings.NewReader(setOf(key + strings.Repeat(" ", maxKeySet-len(setOf(key))))), true},
-		"a byte more":               {200, strings.NewReader(setOf(key + strings.Repeat(" ", maxKeySet+1-len(setOf(key))))), false},
-		"no end":                    {200, endless{&read}, false},
-		"a body that stays away":    {200, stuck{}, false},
-		"nested deeper than can be": {200, strings.NewReader(strings.Repeat(`{"keys":[`, 20000)), false},
+		"a good one":                {200, strings.NewReader(setOf(key)), true, true},
+		"64 keys":                   {200, strings.NewReader(setOf(many[1:]...)), true, true},
+		"65 keys":                   {200, strings.NewReader(setOf(many...)), false, false},
+		"one good of many bad":      {200, strings.NewReader(setOf(`null`, `1`, `{}`, `{"kty":"oct","k":"AA"}`, private, key)), true, true},
+		"a private member":          {200, strings.NewReader(setOf(private)), false, true},
+		"a symmetric key":           {200, strings.NewReader(setOf(`{"kty":"oct","k":"AA","kid":"b"}`)), false, true},
+		"use enc":                   {200, strings.NewReader(setOf(strings.Replace(key, "{", `{"use":"enc",`, 1))), false, true},
+		"a certificate of SPIFFE":   {200, strings.NewReader(setOf(strings.Replace(key, "{", `{"use":"x509-svid",`, 1))), false, true},
+		"a key of SPIFFE":           {200, strings.NewReader(setOf(strings.Replace(key, "{", `{"use":"jwt-svid",`, 1))), true, true},
+		"members beside keys":       {200, strings.NewReader(`{"spiffe_sequence":1,"keys":[` + key + `]}`), true, true},
+		"no keys":                   {200, strings.NewReader(`{"keys":[]}`), false, true},
+		"keys null":                 {200, strings.NewReader(`{"keys":null}`), false, false},
+		"keys an object":            {200, strings.NewReader(`{"keys":{"b":` + key + `}}`), false, false},
+		"a list":                    {200, strings.NewReader(`[` + key + `]`), false, false},
+		"null":                      {200, strings.NewReader(`null`), false, false},
+		"nothing":                   {200, strings.NewReader(``), false, false},
+		"HTML":                      {200, strings.NewReader(`<html>`), false, false},
+		"half":                      {200, strings.NewReader(setOf(key)[:50]), false, false},
+		"500 with a good body":      {500, strings.NewReader(setOf(key)), false, false},
+		"404 with a good body":      {404, strings.NewReader(setOf(key)), false, false},
+		"201 with a good body":      {201, strings.NewReader(setOf(key)), false, false},
+		"a redirect with a body":    {302, strings.NewReader(setOf(key)), false, false},
+		"256 kB":                    {200, strings.NewReader(setOf(key + strings.Repeat(" ", maxKeySet-len(setOf(key))))), true, true},
+		"a byte more":               {200, strings.NewReader(setOf(key + strings.Repeat(" ", maxKeySet+1-len(setOf(key))))), false, false},
+		"no end":                    {200, endless{&read}, false, false},
+		"a body that stays away":    {200, stuck{}, false, false},
+		"nested deeper than can be": {200, strings.NewReader(strings.Repeat(`{"keys":[`, 20000)), false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -336,8 +339,8 @@ func TestAnswersThatHoldNoKeysAreNone(t *testing.T) {
 				if (i.failed == nil) != row.ok || i.fetching != nil {
 					t.Errorf("it is taken: %v, and still asked for: %v; want %v and not", i.failed == nil, i.fetching != nil, row.ok)
 				}
-				if old := len(i.named("a")) == 1; old == row.ok {
-					t.Errorf("the old key is there: %v, want %v", old, !row.ok)
+				if old := len(i.named("a")) == 1; old == row.gone {
+					t.Errorf("the old key is there: %v, want %v", old, !row.gone)
 				}
 			})
 		})
@@ -533,7 +536,7 @@ func TestIssuersOfWorkloadsAreChecked(t *testing.T) {
 		`{"":{"jwksUri":"https://h/"}}`, `{"` + strings.Repeat("a", 513) + `":{"jwksUri":"https://h/"}}`,
 		with(`{"jwksUri":"http://h/"}`), with(`{"jwksUri":"h"}`), with(`{"jwksUri":"//h/"}`), with(`{"jwksUri":"https:///x"}`), with(`{"jwksUri":"https://:443/"}`),
 		with(`{"jwksUri":"https://canary@h/"}`), with(`{"jwksUri":"https://u:canary@h/"}`), with(`{"jwksUri":"https://%zz/"}`), with(`{"jwksUri":"ftp://h/"}`), with(`{"jwksUri":1}`),
-		with(`{"jwksUri":"https://h/","canary":1}`), with(`{"jwksUri":"https://h/","singleUse":"yes"}`), with(`{"jwksUri":"https://h/","allowPrivate":1}`),
+		with(`{"jwksUri":"https://h/","canary":1}`), with(`{"jwksUri":"https://h/","singleUse":true,"singleuse":false}`), with(`{"jwks":` + setOf(key) + `,"JWKS":` + setOf(key) + `}`), with(`{"jwksUri":"https://h/","\u017fingleUse":true}`), with(`{"jwksURI":"https://h/"}`), `{"https://a.example\ufffd":{"jwksUri":"https://h/"}}`, with(`{"jwksUri":"https://h/","singleUse":"yes"}`), with(`{"jwksUri":"https://h/","allowPrivate":1}`),
 		with(`{"jwksUri":"https://h/","jwks":` + setOf(key) + `}`), with(`{"singleUse":true}`),
 		with(`{"jwks":{}}`), with(`{"jwks":[]}`), with(`{"jwks":` + setOf() + `}`), with(`{"jwks":` + setOf(private) + `}`), with(`{"jwks":` + setOf(many...) + `}`),
 		with(`{"jwks":` + setOf(`{"kty":"oct","k":"canary"}`) + `}`), with(`{"jwks":` + key + `}`),

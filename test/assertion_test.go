@@ -909,6 +909,19 @@ func TestKidChoosesAmongTheKeysOfAClient(t *testing.T) {
 	v.want(v.byAssertion("", v.assertion(keys[0], id)), 401, "invalid_client")
 	v.want(v.byAssertion("", v.assertion(keys[6], id)), 401, "invalid_client")
 	v.want(v.byAssertion("", v.assertion(stranger, strangerID)), 200, "")
+	// Nor do many that have ended hide one that is good.
+	for _, end := range []string{"revoked", "expired"} {
+		if _, err := v.db.Exec(t.Context(), `
+			insert into credentials (credential_id, client_id, status, revoked_at, expires_at, kind, public_key, key_thumbprint, secret_prefix, secret_hash, secret_id)
+			select ('ffffffff-ffff-7' || to_char(n, 'fm000') || substr(gen_random_uuid()::text, 19))::uuid, client_id,
+				case $2 when 'revoked' then 'revoked' else 'active' end, case $2 when 'revoked' then now() end,
+				case $2 when 'expired' then now() - interval '1 minute' end, kind, public_key, $2 || n, substr(md5($2 || n), 1, 16), '', gen_random_uuid()
+			from credentials, generate_series(1, 100) as n
+			where key_thumbprint = $1`, thumbprint(keys[1].jwk), end); err != nil {
+			t.Fatal(err)
+		}
+		v.want(v.byAssertion("", v.assertion(keys[1], id)), 200, "")
+	}
 }
 
 // What ends a secret ends a key: at once, and with the tokens it was traded for.

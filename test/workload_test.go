@@ -333,6 +333,119 @@ func TestRefusedWorkloadsAreRecorded(t *testing.T) {
 	}
 }
 
+// Whoever is cut off while a request of theirs waits gets nothing: its issuer's place in the file too, and whatever the grant is
+// told has the form of one. Each is in the log, with whom it was about.
+func TestWorkloadThatIsCutOffWhileItWaitsGetsNothing(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	file := filepath.Join(t.TempDir(), "issuers.json")
+	write := func(text string) {
+		if err := errors.Join(os.WriteFile(file+".new", []byte(text), 0o600), os.Rename(file+".new", file)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	trusted := members{cluster: members{"jwks": keysOf(h)}, "https://second.example": members{"jwks": keysOf(h)}}
+	write(trusted.String())
+	p := newCutter(t, newKeyFiles(t, testKey(), "").env("WORKLOAD_ISSUERS_FILE", file)...)
+	q, third := p.another(), p.another()
+	for name, row := range map[string]struct {
+		cut  func(id string)
+		good bool
+	}{
+		"taken out": {func(string) { write(trusted.without(cluster).String()) }, false},
+		"other keys": {func(string) {
+			write(trusted.with(members{cluster: members{"jwks": keysOf(newHolder(t, "ES256"))}}).String())
+		}, false},
+		"single use": {func(string) {
+			write(trusted.with(members{cluster: members{"jwks": keysOf(h), "singleUse": true}}).String())
+		}, false},
+		"as it was":      {func(string) { write(trusted.String() + " ") }, true},
+		"another is out": {func(string) { write(trusted.without("https://second.example").String()) }, true},
+		"suspended":      {func(id string) { p.want(p.api(p.bearer, "PATCH", "/agents/"+id, `{"status":"suspended"}`), 200, "") }, false},
+	} {
+		write(trusted.String())
+		for _, copy := range []*program{p, q, third} {
+			copy.hangup()
+		}
+		id := p.newAgent(tokensRead)
+		p.want(p.bind(id, cluster, name, nil), 201, "")
+		claims := p.workloadClaims(cluster, name)
+		assertion := h.vouch(claims)
+		tx := p.lockChain()
+		cut, token, known := make(chan bool, 1), make(chan answer, 1), make(chan answer, 1)
+		if name == "suspended" {
+			go func() { row.cut(id); cut <- true }()
+			p.eventually("the cut waits for the chain", func() bool { return p.waiting() == 1 })
+		}
+		before := p.waiting()
+		go func() { token <- q.byGrant(assertion) }()
+		p.eventually("the request waits behind it", func() bool { return p.waiting() == before+1 })
+		go func() { known <- third.byAssertion("/introspect", assertion, "token", p.bearer) }()
+		p.eventually("so does another", func() bool { return p.waiting() == before+2 })
+		if name != "suspended" {
+			row.cut(id)
+			q.hangup()
+			third.hangup()
+			cut <- true
+		}
+		if err := tx.Rollback(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		<-cut
+		if a := <-token; (a.status == 200) != row.good || !row.good && (a.status != 400 || a.code() != "invalid_grant") {
+			t.Errorf("%s meanwhile: the grant is answered %v, want it good: %v, else 400 invalid_grant", name, a, row.good)
+		}
+		if a := <-known; (a.status == 200) != row.good || !row.good && (a.status != 401 || a.code() != "invalid_client") {
+			t.Errorf("%s meanwhile: the introspection is answered %v, want it good: %v, else 401 invalid_client", name, a, row.good)
+		}
+		want := map[string]any{"token.issued success": row.good, "token.issued failure": !row.good,
+			"token.introspected success": row.good, "token.introspected failure": !row.good}
+		for _, e := range p.audit("limit=100&actorId=" + id).Data {
+			var m members
+			if err := json.Unmarshal(e.Metadata, &m); err != nil {
+				t.Fatal(err)
+			}
+			if what := e.Action + " " + e.Outcome; want[what] != true || !reflect.DeepEqual(m["workload"], map[string]any{"issuer": cluster, "subject": name, "jti": claims["jti"]}) {
+				t.Errorf("%s meanwhile: recorded is %s %s", name, what, e.Metadata)
+			} else {
+				want[what] = false
+			}
+		}
+		for what, missing := range want {
+			if missing == true {
+				t.Errorf("%s meanwhile: there is no %s", name, what)
+			}
+		}
+	}
+}
+
+// Where more credentials name a workload than are looked at, nobody is chosen by which those are.
+func TestWorkloadThatIsTooManyIsRefused(t *testing.T) {
+	t.Parallel()
+	h := newHolder(t, "ES256")
+	v := newService(t, "WORKLOAD_ISSUERS", trusting(map[string]holder{cluster: h}, nil))
+	one, two := v.newAgent("a:b"), v.newAgent("a:b")
+	v.want(v.bind(one, cluster, screener, nil), 201, "")
+	for n := range 63 {
+		v.want(v.bind(two, cluster, screener, members{"pod": fmt.Sprint(n)}), 201, "")
+	}
+	claims := v.workloadClaims(cluster, screener)
+	if a := v.want(v.byGrant(h.vouch(claims)), 200, ""); a.text("access_token") == "" {
+		t.Error("the one of 64 that fits gets no token")
+	}
+	v.want(v.byGrant(h.vouch(claims.with(members{"pod": "62"}))), 400, "invalid_request") // is both
+	for range 3 {                                                                         // of which the last hide the first
+		v.want(v.bind(two, cluster, screener, nil), 201, "")
+	}
+	for _, text := range []string{h.vouch(claims), h.vouch(claims.with(members{"pod": "0"}))} {
+		if a := v.want(v.byGrant(text), 400, "invalid_request"); !strings.Contains(a.text("error_description"), "client_id") {
+			t.Errorf("of 67 answered %v, want what to do", a)
+		}
+		v.want(v.byGrant(text, "client_id", one), 200, "")
+		v.want(v.byGrant(text, "client_id", two), 400, "invalid_request") // which alone has 66
+	}
+}
+
 // How a workload's credential begins, is chosen, and ends.
 func TestWorkloadsHaveCredentials(t *testing.T) {
 	t.Parallel()
@@ -363,7 +476,9 @@ func TestWorkloadsHaveCredentials(t *testing.T) {
 		"a claim a number": `{"issuer":"` + cluster + `","subject":"a","claims":{"x":1}}`, "a claim nested": `{"issuer":"` + cluster + `","subject":"a","claims":{"x":{"y":"z"}}}`,
 		"a claim empty": `{"issuer":"` + cluster + `","subject":"a","claims":{"x":""}}`, "a claim with NUL": `{"issuer":"` + cluster + `","subject":"a","claims":{"x":"\u0000"}}`,
 		"a claim's name with NUL": `{"issuer":"` + cluster + `","subject":"a","claims":{"\u0000":"x"}}`,
-		"17 claims":               `{"issuer":"` + cluster + `","subject":"a","claims":{` + seventeen + `}}`,
+		"a broken subject":        `{"issuer":"` + cluster + `","subject":"a\ud800"}`, "a subject that stands for broken ones": `{"issuer":"` + cluster + `","subject":"a\ufffd"}`,
+		"a broken claim": `{"issuer":"` + cluster + `","subject":"a","claims":{"x":"\udfff"}}`, "a claim's broken name": `{"issuer":"` + cluster + `","subject":"a","claims":{"\udfff":"x"}}`,
+		"17 claims": `{"issuer":"` + cluster + `","subject":"a","claims":{` + seventeen + `}}`,
 	} {
 		if a := v.api(v.bearer, "POST", "/agents/"+id+"/credentials", `{"workload":`+w+`}`); a.status != 400 || a.code() != "VALIDATION_ERROR" {
 			t.Errorf("a workload with %s is answered %v, want 400", name, a)
