@@ -264,7 +264,7 @@ func TestServiceRunsUnderARoleThatOwnsNothing(t *testing.T) {
 	p.eventually("the expired revocation is gone", func() bool {
 		return p.count(`select count(*) from token_revocations where expires_at < now()`) == 0
 	})
-	q.want(q.do("GET", "/health", ""), 200, "")
+	q.isWell()
 	for _, copy := range []*program{p, q} {
 		if err := copy.stop(t, syscall.SIGTERM); err != nil {
 			t.Errorf("the program ended with %v, want nil", err)

@@ -840,5 +840,5 @@ func TestManyRequestsShareFewConnections(t *testing.T) {
 			t.Errorf("round %d: %d requests on 4 connections = %v, want %v", round, n, got, want)
 		}
 	}
-	o.want(o.do("GET", "/health", ""), 200, "")
+	o.isWell()
 }

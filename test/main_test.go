@@ -302,6 +302,14 @@ func (v *service) eventually(what string, done func() bool) {
 	}
 }
 
+// isWell waits, since a copy whose PostgreSQL is slow for a moment says that it is down.
+func (v *service) isWell() {
+	v.t.Helper()
+	v.eventually("it is well", func() bool {
+		return v.do("GET", "/health", "").status == 200 && v.do("GET", "/readyz", "").status == 200
+	})
+}
+
 // An answer to a request.
 type answer struct {
 	status int

@@ -141,8 +141,9 @@ func (ro *rotation) load(n int, stop chan struct{}) {
 		default:
 		}
 		here, there := ro.copies[n%2], ro.copies[(n+1)%2]
+		begun := time.Now() // the answer may be long on its way
 		a := ro.ask(here, "POST", "/api/v1/token", "grant_type=client_credentials", secret)
-		k := rotated{a.text("access_token"), time.Now()}
+		k := rotated{a.text("access_token"), begun}
 		if life, ok := a.body["expires_in"].(float64); ok {
 			k.exp = k.exp.Add(time.Duration(life) * time.Second)
 		} else {

@@ -375,7 +375,7 @@ func TestServiceDoesWithoutRedis(t *testing.T) {
 				services, _ := a.body["services"].(map[string]any)
 				return a.status == 200 && a.text("status") == "degraded" && services["redis"] == "down" && services["postgres"] == "up"
 			})
-			v.want(v.do("GET", "/readyz", ""), 200, "")
+			v.isWell()
 			if lines(redisLost) != lost+1 || lines(redisBack) != back {
 				t.Errorf("an outage is logged %d times, and its end %d times before it has come, want once and not yet",
 					lines(redisLost)-lost, lines(redisBack)-back)
