@@ -61,7 +61,7 @@ func (s *server) keepPostgres(ctx context.Context) error {
 		err = execSQL(ctx, s.inner, "deleting expired revocations", `
 			with turn as materialized (select pg_try_advisory_xact_lock($1) as mine)
 			delete from token_revocations
-			where jti in (select jti from token_revocations where expires_at < now() and (select mine from turn) limit 10000)`, sweepLock)
+			where jti = any(array(select jti from token_revocations where expires_at < now() and (select mine from turn) limit 10000))`, sweepLock) // in might read all of them
 	}
 	return err
 }
