@@ -8,8 +8,56 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
+
+// What has expired is looked for each second, by a plan that may be from when there was nothing at all: it must not read what
+// is there since.
+func TestSweepOfExpiredRevocationsReadsNoOthers(t *testing.T) {
+	t.Parallel()
+	url := newDatabase(t)
+	cfg, err := loadConfig(lookup(map[string]string{"JWT_PRIVATE_KEY": testKey(), "DATABASE_URL": url, "REDIS_URL": testRedisURL}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := open(t.Context(), cfg, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{`vacuum analyze token_revocations`, `
+		insert into token_revocations
+		select gen_random_uuid(), now() + case when n > 10 then interval '1 hour' else interval '-1 hour' end
+		from generate_series(1, 5010) as n`} {
+		if _, err := s.db.Exec(t.Context(), sql); err != nil {
+			t.Error(err)
+		}
+		s.swept = time.Time{}
+		if err := s.keepPostgres(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	s.close()
+	conn, err := pgx.Connect(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(t.Context())
+	var others, left, read int
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) { // sessions say at their end what they have read
+		err := conn.QueryRow(t.Context(), `
+			select (select count(*) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()),
+				n_tup_ins - n_tup_del, seq_tup_read + idx_tup_fetch
+			from pg_stat_user_tables
+			where relname = 'token_revocations'`).Scan(&others, &left, &read)
+		if err != nil || others == 0 || time.Now().After(end) {
+			if err != nil || others > 0 || left != 5000 || read > 100 {
+				t.Errorf("%d revocations are left, and %d were read beside %d sessions, %v; want 5000, few and none", left, read, others, err)
+			}
+			return
+		}
+	}
+}
 
 // Wherever in a probe its connection ends, that is an error and nothing worse:
 // the keeper's panic would be the program's.
