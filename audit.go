@@ -73,12 +73,8 @@ func (s *server) changeAll(r *request, whom func(context.Context, pgx.Tx) ([]str
 		if err == nil && (events != nil || r.caller.use.id != "") {
 			head, err = appendEvents(ctx, tx, entries, false)
 		}
-		switch {
-		case err != nil:
-		case entries[0].found.replayed:
+		if err == nil && entries[0].found.replayed {
 			err = r.caller.use.again
-		case entries[0].found.dead > 0:
-			err = r.caller.ended()
 		}
 		return err
 	})

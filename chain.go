@@ -138,7 +138,7 @@ func (e *event) sum() digest {
 
 // An entry is an event, which without an action is none, and what is to be found out when it
 // is stored. It is left out where one of its needs is dead or of an agent whose row has
-// changed, or its assertion was used before.
+// changed, or its assertion was used before, or is of an issuer that is trusted no more.
 type entry struct {
 	event
 	needs []origin          // who asks the first

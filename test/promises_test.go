@@ -19,7 +19,7 @@ const apiPage = "../developers/api.md"
 // maxLines counts all lines of Go outside tests, comments and blank ones too.
 // One person is to read them with care in a day. To raise it is a decision: say
 // why in the commit.
-const maxLines = 7401
+const maxLines = 7397
 
 // A sourceFile is a Go file of the program, or a test, parsed.
 type sourceFile struct {

@@ -434,7 +434,8 @@ func TestWorkloadThatIsTooManyIsRefused(t *testing.T) {
 		t.Error("the one of 64 that fits gets no token")
 	}
 	v.want(v.byGrant(h.vouch(claims.with(members{"pod": "62"}))), 400, "invalid_request") // is both
-	for range 3 {                                                                         // of which the last hide the first
+	// With these the last hide the first.
+	for range 3 {
 		v.want(v.bind(two, cluster, screener, nil), 201, "")
 	}
 	for _, text := range []string{h.vouch(claims), h.vouch(claims.with(members{"pod": "0"}))} {
